@@ -1,0 +1,84 @@
+// What the host and the kernels agree on: sizes, tags and the structs that cross the border.
+// src/abi.rs is the other half; tests/abi.rs compiles this file and compares every size, offset and value.
+#pragma once
+
+namespace gradclip {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+// The shape of a reduction, in bytes of one tensor, the same for every dtype (docs/numerics.md draws it):
+// a tile is 8 segments, a segment 8 rows, a row 32 packs, a pack 16 bytes. A block takes a tile, a warp a segment,
+// a lane one pack of each row: eight independent 16-byte loads a thread, 4 KiB of one page a warp.
+constexpr u32 kPackBytes = 16;
+constexpr u32 kWarpThreads = 32;
+constexpr u32 kRowsPerSegment = 8;
+constexpr u32 kSegmentsPerTile = 8;
+constexpr u32 kRowBytes = kWarpThreads * kPackBytes;
+constexpr u32 kSegmentBytes = kRowsPerSegment * kRowBytes;
+constexpr u32 kTileBytes = kSegmentsPerTile * kSegmentBytes;
+
+constexpr u32 kTileThreads = kSegmentsPerTile * kWarpThreads;  // block size of the kernels that walk tiles
+constexpr u32 kFoldThreads = 1024;                             // block size of the kernels that fold partials
+
+enum Dtype : u32 { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
+enum NormType : u32 { kL1 = 0, kL2 = 1, kInf = 2 };
+enum NonFinite : u32 { kSkip = 0, kZero = 1, kPropagate = 2 };
+
+// What the apply stage has to do with the gradients.
+enum Action : u32 {
+  kKeep = 0,    // nothing is written
+  kScale = 1,   // x * clip_coef, every x finite
+  kClear = 2,   // +0 everywhere
+  kPoison = 3,  // x * clip_coef with a clip_coef or an x that is not finite: NaNs come out canonical
+};
+
+struct TensorDesc {
+  u64 address;     // of element 0, aligned to its dtype
+  u64 numel;       // elements; 0 is allowed
+  u32 first_tile;  // tiles of all tensors before this one
+  u32 dtype;
+};
+
+// The descriptor table. A short list travels in the parameters of the kernel: no copy to the device, nothing that a
+// captured graph would have to keep alive. A longer one lies in device memory. 160 tensors keep every parameter list
+// below the 4 KiB that all drivers take (GPT-2 has 148).
+constexpr u32 kInlineTensors = 160;
+struct TensorTable {
+  u64 num_tensors;
+  const TensorDesc* in_memory;  // null: inline_tensors holds them
+  TensorDesc inline_tensors[kInlineTensors];
+};
+
+struct ClipParams {
+  double max_norm;
+  double eps;
+  u32 norm_type;
+  u32 nonfinite;
+};
+
+// Bounds rounded to each dtype; those of f16 and bf16 are held as the f32 of the same value.
+struct ClampBounds {
+  double lo_f64, hi_f64;
+  float lo_f32, hi_f32;
+  float lo_f16, hi_f16;
+  float lo_bf16, hi_bf16;
+};
+
+constexpr u64 kNoTile = ~0ull;
+
+// One call's result. It stays on the device until somebody asks.
+struct ReportSlot {
+  double total_norm;     // before clipping
+  double clip_coef;      // what the gradients were multiplied by; 1 when they were left alone
+  u64 first_bad_tile;    // lowest tile that holds a NaN or an Inf, or kNoTile
+  u64 clipped_elements;  // value clipping
+  u64 nan_elements;      // value clipping
+  float coef_hi;         // clip_coef rounded to f32 ...
+  float coef_lo;         // ... and what that left over
+  u32 action;
+  u32 reserved[3];
+};
+
+}  // namespace gradclip

@@ -1,0 +1,69 @@
+// Stage 2: the partials to the norm, the norm to the coefficient, on the device.
+//
+//   launch   one block of kFoldThreads
+//   reads    8 bytes a tile (12 in a list with f64); writes one ReportSlot
+//   empty    no tiles: the norm is 0 and nothing is clipped
+//   NaN/Inf  the norm is NaN if any element is, else Inf; what happens then is the caller's choice (NonFinite)
+#include "fold.cuh"
+
+namespace gradclip {
+
+// Twin: src/clip_coef.rs, where the formula is explained.
+__device__ __forceinline__ void decide(const ClipParams& params, double total_norm, ReportSlot* report) {
+  double clip_coef = 1.0;
+  u32 action = kKeep;
+  if (is_finite(total_norm)) {
+    const double denominator = add(total_norm, params.eps);
+    if (denominator > params.max_norm) {
+      clip_coef = div(params.max_norm, denominator);
+      action = kScale;
+    }
+  } else if (params.nonfinite == kZero) {
+    clip_coef = 0.0;
+    action = kClear;
+  } else if (params.nonfinite == kPropagate && is_finite(params.max_norm)) {
+    clip_coef = is_nan(total_norm) ? f64_from_bits(kNaN64) : 0.0;
+    action = kPoison;
+  }
+  report->total_norm = total_norm;
+  report->clip_coef = clip_coef;
+  report->coef_hi = static_cast<float>(clip_coef);
+  report->coef_lo = static_cast<float>(add(clip_coef, -static_cast<double>(report->coef_hi)));
+  report->action = action;
+}
+
+__device__ __forceinline__ double norm_of(u32 norm_type, Partial total) {
+  if (is_nan(total.sum)) return f64_from_bits(kNaN64);
+  if (norm_type == kInf) return total.sum;
+  double norm = norm_type == kL2 ? sqrt(total.sum) : total.sum;
+  if (total.scale > 0) norm = mul(norm, kRangeFactor);
+  if (total.scale < 0) norm = mul(norm, kRangeFactorInverse);
+  return norm;
+}
+
+}  // namespace gradclip
+
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+    clip_coef(const double* sums, const int* scales, gradclip::u32 num_tiles, gradclip::ClipParams params,
+              gradclip::ReportSlot* report) {
+  using namespace gradclip;
+  GRADCLIP_SHARED_ARRAY(Partial, partial_slots, kWarpThreads);
+  GRADCLIP_SHARED_ARRAY(u64, tile_slots, kWarpThreads);
+  Partial mine = {0.0, 0};
+  u64 first_bad_tile = kNoTile;
+  for (u32 tile = thread_index(); tile < num_tiles; tile += kFoldThreads) {
+    const Partial partial = {sums[tile], scales ? scales[tile] : 0};
+    if (!is_finite(partial.sum) && first_bad_tile == kNoTile) first_bad_tile = tile;
+    mine = combine(params.norm_type, mine, partial);
+  }
+  const u32 norm_type = params.norm_type;
+  const Partial total =
+      fold_block(mine, partial_slots, [norm_type](Partial a, Partial b) { return combine(norm_type, a, b); });
+  first_bad_tile = fold_block(first_bad_tile, tile_slots, [](u64 a, u64 b) { return a < b ? a : b; });
+  if (thread_index() == 0) {
+    report->first_bad_tile = first_bad_tile;
+    report->clipped_elements = 0;
+    report->nan_elements = 0;
+    decide(params, norm_of(norm_type, total), report);
+  }
+}

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Makes kernels/prebuilt/*.ptx, the PTX that is used where there is no nvcc, and as a fallback where there is one.
+
+    scripts/ptx.py            compile every kernels/*.cu and write kernels/prebuilt/
+    scripts/ptx.py --check    compile, compare byte for byte with kernels/prebuilt/, write nothing
+
+The compiler is a pinned NVRTC (scripts/cuda_packages.py), so that everyone gets the same bytes. Every file names the
+hash of all the sources; build.rs and tests/build_script.rs refuse a file whose hash is not that of kernels/.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import sys
+from pathlib import Path
+
+from cuda_packages import (KERNELS, NUMERICS, NVRTC, PREBUILT, ROOT, VIRTUAL_ARCH, add_venv_option, fail, find, install,
+                           version)
+
+OPTIONS = (f"--gpu-architecture={VIRTUAL_ARCH}", "--std=c++17", *NUMERICS)
+
+
+def sources():
+    """File name to contents, newlines as \\n: every .cu and .cuh of kernels/, in the order of the names."""
+    paths = [p for p in KERNELS.iterdir() if p.suffix in (".cu", ".cuh")]
+    return {p.name: p.read_bytes().replace(b"\r\n", b"\n") for p in sorted(paths, key=lambda p: p.name.encode())}
+
+
+def sources_sha256(files):
+    """Twin: sources_sha256 in build/ptx.rs."""
+    digest = hashlib.sha256()
+    for name, contents in files.items():
+        digest.update(name.encode() + b"\0" + contents + b"\0")
+    return digest.hexdigest()
+
+
+class Nvrtc:
+    def __init__(self, nvidia):
+        # The compiler looks for its builtins by bare name; loaded first, they are found wherever they lie.
+        ctypes.CDLL(str(find(nvidia, "cuda_nvrtc/lib/libnvrtc-builtins.so.*")), mode=ctypes.RTLD_GLOBAL)
+        self.lib = ctypes.CDLL(str(find(nvidia, "cuda_nvrtc/lib/libnvrtc.so.*")))
+        self.lib.nvrtcGetErrorString.restype = ctypes.c_char_p
+
+    def call(self, name, *args):
+        status = getattr(self.lib, name)(*args)
+        if status != 0:
+            fail(f"{name}: {self.lib.nvrtcGetErrorString(status).decode()}")
+
+    def text(self, what, program):
+        size = ctypes.c_size_t()
+        self.call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self.call(f"nvrtcGet{what}", program, buffer)
+        return buffer.value.decode()
+
+    def compile(self, name, contents, headers):
+        strings = lambda values: (ctypes.c_char_p * len(values))(*values)
+        program = ctypes.c_void_p()
+        self.call("nvrtcCreateProgram", ctypes.byref(program), contents, name.encode(), len(headers),
+                  strings(list(headers.values())), strings([h.encode() for h in headers]))
+        options = [option.encode() for option in OPTIONS]
+        status = self.lib.nvrtcCompileProgram(program, len(options), strings(options))
+        log = self.text("ProgramLog", program).strip()
+        if log:
+            print(log, file=sys.stderr)
+        if status != 0:
+            fail(f"kernels/{name} does not compile with NVRTC {version(NVRTC)}; its messages are above")
+        ptx = self.text("PTX", program)
+        self.call("nvrtcDestroyProgram", ctypes.byref(program))
+        return ptx
+
+
+def snapshot_text(name, sha256, ptx):
+    """Our header in place of the compiler's, which holds a build number; no trailing blanks."""
+    body = ptx[ptx.index(".version"):]
+    lines = [
+        f"// {name} as PTX, made by scripts/ptx.py. Do not edit: change the kernel and run the script.",
+        f"// sources-sha256: {sha256}",
+        f"// compiler: NVRTC {version(NVRTC)} ({NVRTC[0]})",
+        f"// options: {' '.join(OPTIONS)}",
+        "",
+        *(line.rstrip() for line in body.strip().split("\n")),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def make_snapshot(venvs):
+    """File name to text, for every .cu file."""
+    files = sources()
+    headers = {name: text for name, text in files.items() if name.endswith(".cuh")}
+    kernels = {name: text for name, text in files.items() if name.endswith(".cu")}
+    if not kernels:
+        fail("there is no .cu file in kernels/")
+    sha256 = sources_sha256(files)
+    nvrtc = Nvrtc(install(NVRTC, venvs))
+    return {f"{Path(name).stem}.ptx": snapshot_text(name, sha256, nvrtc.compile(name, text, headers))
+            for name, text in kernels.items()}
+
+
+def differences(snapshot):
+    committed = {p.name: p.read_bytes() for p in PREBUILT.glob("*.ptx")}
+    for name in sorted(snapshot.keys() | committed.keys()):
+        if name not in committed:
+            yield f"{name} is missing"
+        elif name not in snapshot:
+            yield f"{name} belongs to no .cu file"
+        elif committed[name] != snapshot[name].encode():
+            ours, theirs = snapshot[name].split("\n"), committed[name].decode(errors="replace").split("\n")
+            at = next((i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+            line = lambda text: repr(text[at]) if at < len(text) else "the end of the file"
+            yield f"{name} line {at + 1}: committed {line(theirs)}, compiled {line(ours)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the committed files, write nothing")
+    add_venv_option(parser)
+    args = parser.parse_args()
+    snapshot = make_snapshot(args.venvs)
+    if args.check:
+        found = list(differences(snapshot))
+        if found:
+            fail("kernels/prebuilt/ is not what the kernels compile to; run scripts/ptx.py and commit the result.\n  "
+                 + "\n  ".join(found))
+        print(f"kernels/prebuilt/: {len(snapshot)} files are what NVRTC {version(NVRTC)} makes of kernels/")
+        return
+    PREBUILT.mkdir(exist_ok=True)
+    for path in PREBUILT.glob("*.ptx"):
+        if path.name not in snapshot:
+            path.unlink()
+            print(f"removed {path.relative_to(ROOT)}")
+    for name, text in snapshot.items():
+        (PREBUILT / name).write_bytes(text.encode())
+        print(f"wrote {(PREBUILT / name).relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Assembles kernels/prebuilt/*.ptx for every GPU generation and looks at what comes out. No GPU is needed.
+
+    scripts/ptxas.py            print the table, fail on a defect
+    scripts/ptxas.py --write    the same, and write kernels/prebuilt/registers.csv
+    scripts/ptxas.py --check    the same, and fail where the table differs from registers.csv
+
+A defect is: an atomic on floats (the order of additions would not be fixed), flush to zero or approximate arithmetic;
+registers spilled or anything else in local memory; a kernel over tensors that does not move 16 bytes at a time, or
+waits for one load before it issues the next; PTX that the assembler of CUDA 12.0, which the oldest driver has, does not
+take.
+"""
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from cuda_packages import NVDISASM, OLDEST_PTXAS, PREBUILT, PTXAS, ROOT, add_venv_option, fail, find, install, version
+
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+OLDEST_TARGETS = ("sm_75", "sm_90")  # the ends of what CUDA 12.0 knows
+
+REGISTERS = PREBUILT / "registers.csv"
+
+WRONG = {
+    r"\b(atom|red)\.\S*\b(b?f16(x2)?|f32|f64)\b": "has an atomic on floats",
+    r"\.ftz\b": "flushes subnormals to zero (.ftz)",
+    r"\.approx\b": "has approximate arithmetic (.approx)",
+}
+SLOW = {r"^\s*\.local\b|\b(ld|st)\.local\b": "uses local memory"}
+WIDE_LOAD = r"\bld\.global\S*\.v4\."
+WIDE_STORE = r"\bst\.global\S*\.v4\."
+# The kernels that walk tensors, and what each of them must have.
+WALKERS = {r"norm_partials_\w+": (WIDE_LOAD,), r"scale|clamp": (WIDE_LOAD, WIDE_STORE)}
+
+# A thread has 8 loads in flight before it uses the first: once in the code of each of the 4 dtypes.
+BATCH = 8
+BATCHES = 4
+
+
+class Usage(NamedTuple):
+    registers: int
+    shared_bytes: int
+    batches: int  # places where BATCH 16-byte loads are issued before the first of them is used
+
+
+class Tools:
+    def __init__(self, venvs):
+        self.ptxas = find(install(PTXAS, venvs), "cu13/bin/ptxas")
+        self.oldest_ptxas = find(install(OLDEST_PTXAS, venvs), "cuda_nvcc/bin/ptxas")
+        self.nvdisasm = find(install(NVDISASM, venvs), "cu13/bin/nvdisasm")
+
+
+def entries(ptx):
+    """Kernel name to its PTX."""
+    parts = re.split(r"^\.visible \.entry (\w+)", ptx, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def text_defects(stem, ptx, forbidden):
+    for pattern, what in forbidden.items():
+        found = re.search(pattern, ptx, flags=re.MULTILINE)
+        if found:
+            line = ptx.count("\n", 0, found.start()) + 1
+            yield f"{stem}.ptx line {line} {what}"
+
+
+def walker_defects(kernels, table):
+    """`kernels` is the PTX by kernel, `table` what came out for each kernel and target."""
+    for name, wide in WALKERS.items():
+        walkers = [kernel for kernel in kernels if re.fullmatch(name, kernel)]
+        if not walkers:
+            yield f"no kernel is called {name} any more; say in scripts/ptxas.py which ones walk tensors"
+        for kernel in walkers:
+            for pattern in wide:
+                if not re.search(pattern, kernels[kernel]):
+                    yield f"{kernel} has no 16-byte {'load' if pattern == WIDE_LOAD else 'store'}"
+            waits = [t for t in TARGETS if (kernel, t) in table and table[kernel, t].batches < BATCHES]
+            if waits:
+                yield (f"{kernel} does not have {BATCH} loads in flight for each of {BATCHES} dtypes on "
+                       f"{', '.join(waits)}")
+
+
+def run(command):
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def batches(instructions):
+    """How often BATCH loads past L1 (those of whole tensors) are in flight together, in one straight line of code."""
+    count, pending, registers = 0, 0, set()
+    for text in instructions:
+        load = re.match(r"(?:@!?U?P\d+ )?LDG\.E\.NA\.128\S* R(\d+), (.*)", text)
+        used = {int(r) for r in re.findall(r"\bR(\d+)\b", load.group(2) if load else text)}
+        if used & registers or not text or re.match(r"(@!?U?P\d+ )?(BRA|BRX|EXIT)\b", text):
+            pending, registers = 0, set()
+        if load:
+            pending += 1
+            registers |= {int(load.group(1)) + i for i in range(4)}
+            count += pending == BATCH
+    return count
+
+
+def batches_by_kernel(nvdisasm, cubin):
+    result = run([nvdisasm, "-c", cubin])
+    if result.returncode != 0:
+        fail(f"nvdisasm: {result.stderr.strip()}")
+    found, kernel = {}, None
+    for line in result.stdout.split("\n"):
+        label = re.match(r"(?:\.text\.(\w+)|\.L\w*):", line)
+        instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*[;(]?$", line)
+        if label and label.group(1):
+            kernel = label.group(1)
+            found[kernel] = []
+        elif label and kernel:
+            found[kernel].append("")  # somebody may jump here
+        elif instruction and kernel:
+            found[kernel].append(re.sub(r"\s+", " ", instruction.group(1)))
+    return {kernel: batches(instructions) for kernel, instructions in found.items()}
+
+
+def assemble(tools, stem, path, target, folder):
+    """(kernel to Usage, what lies in local memory) of one PTX file on one target."""
+    cubin = Path(folder) / f"{stem}.{target}.cubin"
+    result = run([tools.ptxas, f"-arch={target}", "--verbose", "--warn-on-spills", "--warn-on-local-memory-usage", path,
+                  "-o", cubin])
+    if result.returncode != 0:
+        return {}, [f"ptxas {version(PTXAS)} does not take {stem}.ptx for {target}: {result.stderr.strip()}"]
+    in_flight = batches_by_kernel(tools.nvdisasm, cubin)
+    usages, spills, kernel = {}, [], None
+    for line in result.stderr.split("\n"):
+        number = lambda pattern: int((re.search(pattern, line) or [0, 0])[1])
+        compiling = re.search(r"Compiling entry function '(\w+)'", line)
+        if compiling:
+            kernel = compiling[1]
+        elif "bytes stack frame" in line:
+            spills += [f"{kernel} on {target}: {size} bytes {what}"
+                       for what in ("stack frame", "spill stores", "spill loads") if (size := number(rf"(\d+) bytes {what}"))]
+        elif "Used" in line and " registers" in line:
+            usages[kernel] = Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), in_flight[kernel])
+    return usages, spills
+
+
+def measure(tools, modules, fast=True):
+    """({(kernel, target): Usage}, defects) of PTX files, given by stem; without `fast`, only of defects in results."""
+    table, defects, kernels = {}, [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for stem, path in modules.items():
+            ptx = path.read_text()
+            kernels.update(entries(ptx))
+            defects += text_defects(stem, ptx, {**WRONG, **SLOW} if fast else WRONG)
+            for target in TARGETS:
+                usages, found = assemble(tools, stem, path, target, folder)
+                if fast or not usages:
+                    defects += found
+                table.update({(kernel, target): usage for kernel, usage in sorted(usages.items())})
+    if fast:
+        defects += walker_defects(kernels, table)
+    return table, defects
+
+
+def oldest_driver_defects(tools, modules):
+    with tempfile.TemporaryDirectory() as folder:
+        for stem, path in modules.items():
+            for target in OLDEST_TARGETS:
+                result = run([tools.oldest_ptxas, f"-arch={target}", path, "-o", Path(folder) / "cubin"])
+                if result.returncode != 0:
+                    yield (f"ptxas {version(OLDEST_PTXAS)} does not take {stem}.ptx for {target}: "
+                           f"{result.stderr.strip()}")
+
+
+def print_table(table):
+    width = max(len(kernel) for kernel, _ in table)
+    print(f"registers/bytes of shared memory/places with {BATCH} 16-byte loads in flight")
+    print(f"{'kernel':{width}} " + " ".join(f"{t:>12}" for t in TARGETS))
+    for kernel in dict.fromkeys(kernel for kernel, _ in table):
+        cells = ["/".join(map(str, table[kernel, t])) if (kernel, t) in table else "-" for t in TARGETS]
+        print(f"{kernel:{width}} " + " ".join(f"{cell:>12}" for cell in cells))
+
+
+def rows(table):
+    return [["kernel", "target", *Usage._fields]] + [[*key, *map(str, usage)] for key, usage in table.items()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--write", action="store_true", help="write kernels/prebuilt/registers.csv")
+    mode.add_argument("--check", action="store_true", help="compare with kernels/prebuilt/registers.csv")
+    add_venv_option(parser)
+    args = parser.parse_args()
+    modules = {path.stem: path for path in sorted(PREBUILT.glob("*.ptx"))}
+    if not modules:
+        fail("there is no PTX in kernels/prebuilt/; run scripts/ptx.py")
+    tools = Tools(args.venvs)
+    table, defects = measure(tools, modules)
+    defects += oldest_driver_defects(tools, modules)
+    if table:
+        print_table(table)
+    if args.write:
+        with REGISTERS.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows(table))
+        print(f"wrote {REGISTERS.relative_to(ROOT)}")
+    if args.check:
+        committed = list(csv.reader(REGISTERS.open(newline=""))) if REGISTERS.exists() else []
+        now = rows(table)
+        changed = [f"- {','.join(r)}" for r in committed if r not in now] + [
+            f"+ {','.join(r)}" for r in now if r not in committed]
+        if changed:
+            defects.append("registers.csv differs; look whether the change is wanted, then scripts/ptxas.py --write\n    "
+                           + "\n    ".join(changed))
+    if defects:
+        fail(f"{len(defects)} defect(s)\n  " + "\n  ".join(defects))
+    print(f"{len(modules)} modules: assembled for {', '.join(TARGETS)} (ptxas {version(PTXAS)}) and for "
+          f"{', '.join(OLDEST_TARGETS)} (ptxas {version(OLDEST_PTXAS)}); no defect")
+
+
+if __name__ == "__main__":
+    main()

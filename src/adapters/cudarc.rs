@@ -1,0 +1,253 @@
+//! Gradients in cudarc's slices and views, and behind raw device pointers.
+
+use crate::cuda::driver_error;
+use crate::dtype::{Dtype, Element};
+use crate::error::{Error, Result};
+use crate::plan::TensorRef;
+use cudarc::driver::sys::{self, CUpointer_attribute, CUresult};
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, DriverError,
+};
+
+/// Where a gradient is, as its owner says.
+#[derive(Clone, Copy, Debug)]
+#[doc(hidden)]
+pub struct Found {
+    tensor: TensorRef,
+    raw: bool,
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// Something that holds one gradient in device memory: [`CudaSlice`], [`CudaView`], [`CudaViewMut`] of `f32`, `f64`,
+/// `f16` or `bf16`, [`RawGrad`], and references to them. For a list of mixed types use `&dyn DeviceGrad`.
+///
+/// Sealed: a wrong address would be undefined behaviour.
+pub trait DeviceGrad: sealed::Sealed {
+    /// Orders `stream` after the work that writes this gradient, and says where it is. The second call of a pair orders
+    /// later writers after `stream`.
+    #[doc(hidden)]
+    fn find(&self, stream: &CudaStream) -> std::result::Result<Found, WrongContext>;
+}
+
+/// A [`DeviceGrad`] that can be written. For a list of mixed types use `&mut dyn DeviceGradMut`.
+pub trait DeviceGradMut: DeviceGrad {
+    /// As [`DeviceGrad::find`], for reading and writing.
+    #[doc(hidden)]
+    fn find_mut(&mut self, stream: &CudaStream) -> std::result::Result<Found, WrongContext>;
+}
+
+/// The gradient belongs to another context than the stream.
+#[derive(Debug)]
+#[doc(hidden)]
+pub struct WrongContext {
+    got: String,
+}
+
+fn check_context(own: &CudaContext, stream: &CudaStream) -> std::result::Result<(), WrongContext> {
+    if own.cu_ctx() == stream.context().cu_ctx() {
+        return Ok(());
+    }
+    let same_device = own.ordinal() == stream.context().ordinal();
+    let which = if same_device { " in another context" } else { "" };
+    Err(WrongContext { got: format!("cuda:{}{which}", own.ordinal()) })
+}
+
+fn found<T: Element>(address: u64, numel: usize) -> Found {
+    Found { tensor: TensorRef { address, numel: numel as u64, dtype: T::DTYPE }, raw: false }
+}
+
+macro_rules! read_by_device_ptr {
+    ($type:ty) => {
+        impl<T: Element> sealed::Sealed for $type {}
+        impl<T: Element> DeviceGrad for $type {
+            fn find(&self, stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
+                check_context(self.stream().context(), stream)?;
+                // Dropping the guard records the read on `stream`: too early in the first call of a pair, rightly in
+                // the second, which comes after the launches.
+                let (address, _recorded) = self.device_ptr(stream);
+                Ok(found::<T>(address, self.len()))
+            }
+        }
+    };
+}
+macro_rules! write_by_device_ptr_mut {
+    ($type:ty) => {
+        impl<T: Element> DeviceGradMut for $type {
+            fn find_mut(&mut self, stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
+                check_context(self.stream().context(), stream)?;
+                let numel = self.len();
+                let (address, _recorded) = self.device_ptr_mut(stream);
+                Ok(found::<T>(address, numel))
+            }
+        }
+    };
+}
+read_by_device_ptr!(CudaSlice<T>);
+read_by_device_ptr!(CudaView<'_, T>);
+read_by_device_ptr!(CudaViewMut<'_, T>);
+write_by_device_ptr_mut!(CudaSlice<T>);
+write_by_device_ptr_mut!(CudaViewMut<'_, T>);
+
+impl<G: sealed::Sealed + ?Sized> sealed::Sealed for &G {}
+impl<G: sealed::Sealed + ?Sized> sealed::Sealed for &mut G {}
+impl<G: DeviceGrad + ?Sized> DeviceGrad for &G {
+    fn find(&self, stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
+        (**self).find(stream)
+    }
+}
+impl<G: DeviceGrad + ?Sized> DeviceGrad for &mut G {
+    fn find(&self, stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
+        (**self).find(stream)
+    }
+}
+impl<G: DeviceGradMut + ?Sized> DeviceGradMut for &mut G {
+    fn find_mut(&mut self, stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
+        (**self).find_mut(stream)
+    }
+}
+
+/// A gradient behind a device pointer that something else owns: another framework, an arena, C++ code.
+#[derive(Debug, PartialEq, Eq)]
+pub struct RawGrad {
+    tensor: TensorRef,
+}
+
+impl RawGrad {
+    /// `numel` contiguous elements of `dtype` from `address` on.
+    ///
+    /// When a list is first seen, the driver is asked about each raw pointer in it: [`Error::BadPointer`] for host
+    /// memory, freed memory (where the driver knows), another device, or fewer bytes than `numel` needs. The same list
+    /// again costs nothing.
+    ///
+    /// # Safety
+    /// Whenever this value is passed to a call, and until that call's work on the stream has finished:
+    /// * `address` points to `numel` initialised elements in memory of the clipper's device,
+    /// * no other work writes them, and none reads them if the call clips, unless the stream orders it,
+    /// * no Rust reference to them is used.
+    #[must_use]
+    pub unsafe fn new(address: u64, numel: usize, dtype: Dtype) -> Self {
+        Self { tensor: TensorRef { address, numel: numel as u64, dtype } }
+    }
+}
+
+impl sealed::Sealed for RawGrad {}
+impl DeviceGrad for RawGrad {
+    fn find(&self, _stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
+        Ok(Found { tensor: self.tensor, raw: true })
+    }
+}
+impl DeviceGradMut for RawGrad {
+    fn find_mut(&mut self, stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
+        self.find(stream)
+    }
+}
+
+/// The list of one call. Keeps its memory from call to call.
+#[derive(Debug, Default)]
+pub(crate) struct DeviceList {
+    tensors: Vec<TensorRef>,
+    raw: Vec<usize>,
+}
+
+impl DeviceList {
+    pub(crate) fn tensors(&self) -> &[TensorRef] {
+        &self.tensors
+    }
+
+    pub(crate) fn gather<G: DeviceGrad>(&mut self, grads: &[G], stream: &CudaStream) -> Result<()> {
+        self.collect(grads.iter().map(|grad| grad.find(stream)), stream)
+    }
+
+    pub(crate) fn gather_mut<G: DeviceGradMut>(&mut self, grads: &mut [G], stream: &CudaStream) -> Result<()> {
+        self.collect(grads.iter_mut().map(|grad| grad.find_mut(stream)), stream)
+    }
+
+    /// After the launches: lets cudarc record them, so that other streams wait for them where it manages that.
+    pub(crate) fn release<G: DeviceGrad>(&mut self, grads: &[G], stream: &CudaStream) -> Result<()> {
+        if stream.context().is_managing_stream_synchronization() {
+            self.gather(grads, stream)?;
+        }
+        Ok(())
+    }
+
+    /// As [`release`](Self::release), for writes.
+    pub(crate) fn release_mut<G: DeviceGradMut>(&mut self, grads: &mut [G], stream: &CudaStream) -> Result<()> {
+        if stream.context().is_managing_stream_synchronization() {
+            self.gather_mut(grads, stream)?;
+        }
+        Ok(())
+    }
+
+    fn collect(
+        &mut self,
+        grads: impl Iterator<Item = std::result::Result<Found, WrongContext>>,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        self.tensors.clear();
+        self.raw.clear();
+        for (index, grad) in grads.enumerate() {
+            let found = grad.map_err(|wrong| Error::WrongDevice {
+                tensor: index,
+                expected: format!("cuda:{}", stream.context().ordinal()),
+                got: wrong.got,
+            })?;
+            if found.raw && found.tensor.numel > 0 {
+                self.raw.push(index);
+            }
+            self.tensors.push(found.tensor);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver about every raw pointer of the list.
+    pub(crate) fn check_raw_pointers(&self, stream: &CudaStream) -> Result<()> {
+        for &index in &self.raw {
+            check_raw_pointer(index, &self.tensors[index], stream.context().ordinal())?;
+        }
+        Ok(())
+    }
+}
+
+fn check_raw_pointer(index: usize, tensor: &TensorRef, ordinal: usize) -> Result<()> {
+    let bytes = tensor.numel.saturating_mul(tensor.dtype.size() as u64);
+    let bad = |got: String| Error::BadPointer {
+        tensor: index,
+        expected: format!("{bytes} bytes of device memory on cuda:{ordinal}"),
+        got,
+    };
+    let memory: u32 = match attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
+        Err(DriverError(CUresult::CUDA_ERROR_INVALID_VALUE)) => {
+            return Err(bad(format!("{:#x} is host or freed memory", tensor.address)));
+        }
+        other => other.map_err(driver_error("cuPointerGetAttribute"))?,
+    };
+    if memory == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32 {
+        return Err(bad(format!("{:#x} is host memory", tensor.address)));
+    }
+    let device: i32 = attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
+        .map_err(driver_error("cuPointerGetAttribute"))?;
+    if device != ordinal as i32 {
+        return Err(bad(format!("{:#x} is on cuda:{device}", tensor.address)));
+    }
+    let start: u64 = attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR)
+        .map_err(driver_error("cuPointerGetAttribute"))?;
+    let size: u64 = attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE)
+        .map_err(driver_error("cuPointerGetAttribute"))?;
+    let available = start.saturating_add(size).saturating_sub(tensor.address);
+    if available < bytes {
+        return Err(bad(format!("{:#x} is followed by {available} bytes of its allocation", tensor.address)));
+    }
+    Ok(())
+}
+
+/// `T` must be the type that the driver gives for `which`.
+fn attribute<T: Default>(address: u64, which: CUpointer_attribute) -> std::result::Result<T, DriverError> {
+    let mut value = T::default();
+    // SAFETY: the driver writes a value of the attribute's type (u32, i32 or u64 for the four used above) to the first
+    // argument; it looks the address up and does not follow it.
+    unsafe { sys::cuPointerGetAttribute(std::ptr::from_mut(&mut value).cast(), which, address) }.result()?;
+    Ok(value)
+}

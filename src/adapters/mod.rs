@@ -1,0 +1,6 @@
+//! The only files that know a framework: they borrow its tensors, check them, and hand them on. Nothing is copied.
+
+#[cfg(feature = "candle")]
+pub mod candle;
+#[cfg(feature = "cuda")]
+pub(crate) mod cudarc;

@@ -1,0 +1,51 @@
+//! The formula: from the norm to the coefficient and to what is done with it. Twin of `decide` in
+//! `kernels/clip_coef.cu`, bit for bit.
+
+use crate::abi::action;
+use crate::options::{ClipNorm, NonFinite};
+
+/// Below this the f32 split of the coefficient may lose bits to underflow: multiply in f64 instead.
+pub(crate) const SMALLEST_SPLIT_COEF: f64 = f64::from_bits((1023 - 60) << 52);
+
+/// What the apply stage has to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Verdict {
+    pub clip_coef: f64,
+    /// One of [`action`].
+    pub action: u32,
+}
+
+impl Verdict {
+    pub(crate) fn coef_hi(&self) -> f32 {
+        self.clip_coef as f32
+    }
+
+    /// `coef_hi + coef_lo` has 48 bits of the coefficient.
+    pub(crate) fn coef_lo(&self) -> f32 {
+        (self.clip_coef - f64::from(self.coef_hi())) as f32
+    }
+
+    pub(crate) fn written(&self) -> bool {
+        self.action != action::KEEP
+    }
+}
+
+/// For a finite norm: `clip_coef = max_norm / (total_norm + eps)` where `total_norm + eps > max_norm`. The quotient is
+/// below 1 then, also after rounding. A zero norm never divides unless `eps` makes the divisor positive.
+pub(crate) fn decide(clip: &ClipNorm, total_norm: f64) -> Verdict {
+    if total_norm.is_finite() {
+        let denominator = total_norm + clip.eps;
+        if denominator > clip.max_norm {
+            return Verdict { clip_coef: clip.max_norm / denominator, action: action::SCALE };
+        }
+    } else if clip.nonfinite == NonFinite::Zero {
+        return Verdict { clip_coef: 0.0, action: action::CLEAR };
+    } else if clip.nonfinite == NonFinite::Propagate && clip.max_norm.is_finite() {
+        let clip_coef = if total_norm.is_nan() { CANONICAL_NAN } else { 0.0 };
+        return Verdict { clip_coef, action: action::POISON };
+    }
+    Verdict { clip_coef: 1.0, action: action::KEEP }
+}
+
+/// The one NaN we write; payloads differ between processors.
+pub(crate) const CANONICAL_NAN: f64 = f64::from_bits(0x7ff8_0000_0000_0000);

@@ -1,0 +1,147 @@
+//! Clipping gradients in host memory.
+//!
+//! The verbs are those of the CUDA back end, and so are the bits: every addition happens in an order that is fixed by
+//! the index of the element, so the number of threads, the instruction set and the processor do not show.
+
+mod clamp;
+mod clip_coef;
+mod element;
+mod fp_env;
+mod grads;
+mod isa;
+mod norm_partials;
+mod parallel;
+mod partial;
+mod scale;
+mod summation;
+
+pub(crate) use clamp::Counts;
+pub use grads::{AsGrad, AsGradMut, Grad, GradMut};
+
+use crate::abi::ClampBounds;
+use crate::clip_coef::{decide, Verdict};
+use crate::error::{Error, Result};
+use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
+use crate::plan::{Plan, TensorRef};
+use crate::report::{NormReport, ValueReport};
+use crate::value_bounds;
+
+/// Norm over all gradients together.
+///
+/// L2: `sqrt(sum(x^2))`; L1: `sum(|x|)`; Inf: `max(|x|)`. Of an empty list, or of empty gradients, 0. NaN if any
+/// element is NaN, else infinite if any is. Squares neither overflow nor vanish.
+///
+/// Cost: reads each gradient once, writes nothing; all cores.
+///
+/// # Errors
+/// [`Error::Overlap`] if two gradients share memory.
+///
+/// ```
+/// use gradclip::{cpu, NormType};
+/// let report = cpu::total_norm(&[[3e20f32, 4e20]], NormType::L2)?;
+/// assert!((report.total_norm / 5e20 - 1.0).abs() < 1e-7);
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn total_norm<G: AsGrad>(grads: &[G], norm_type: NormType) -> Result<NormReport> {
+    let grads: Vec<Grad<'_>> = grads.iter().map(AsGrad::as_grad).collect();
+    Ok(measure(&grads, &ClipNorm::measure_only(norm_type))?.0)
+}
+
+/// Scales all gradients so that their norm together is at most `max_norm`; the direction is kept.
+///
+/// See [`ClipNorm`] for the formula and the options; `1.0` is short for `ClipNorm::new(1.0)`. When the norm is within
+/// the threshold nothing is written. When it is NaN or infinite, [`NonFinite`] decides; by default nothing is written.
+/// Each clipped element is within one unit in the last place of `x * clip_coef`.
+///
+/// Cost: reads each gradient once; if it clips, reads and writes each once more. All cores.
+///
+/// # Errors
+/// A threshold that is negative or NaN; gradients that share memory; a norm that is not finite, if the policy is
+/// [`NonFinite::Error`]. Nothing is touched then.
+///
+/// ```
+/// let mut grads = vec![vec![3.0f32], vec![4.0]];
+/// let report = gradclip::cpu::clip_grad_norm(&mut grads, 1.0)?;
+/// assert_eq!((report.total_norm, report.clip_coef), (5.0, 0.2));
+/// assert_eq!(grads, [[0.6], [0.8]]);
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_grad_norm<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipNorm>) -> Result<NormReport> {
+    let clip = clip.into();
+    let readable: Vec<Grad<'_>> = grads.iter().map(AsGrad::as_grad).collect();
+    let (report, verdict) = measure(&readable, &clip)?;
+    if verdict.written() {
+        let mut writable: Vec<GradMut<'_>> = grads.iter_mut().map(AsGradMut::as_grad_mut).collect();
+        apply(&verdict, &mut writable);
+    }
+    Ok(report)
+}
+
+/// Limits each element to `[-v, v]`, or to the bounds of a [`ClipValue`].
+///
+/// NaN stays NaN and is counted; Inf becomes the bound.
+///
+/// Cost: reads each gradient once, writes only where something changes. All cores.
+///
+/// # Errors
+/// A value that is negative or NaN, or bounds with `lo > hi`; gradients that share memory. Nothing is touched then.
+///
+/// ```
+/// let mut grads = [[0.1f32, -7.0, f32::INFINITY]];
+/// let report = gradclip::cpu::clip_grad_value(&mut grads, 0.5)?;
+/// assert_eq!(grads, [[0.1, -0.5, 0.5]]);
+/// assert_eq!(report.clipped, 2);
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>) -> Result<ValueReport> {
+    let clip = clip.into();
+    clip.validate()?;
+    check(&grads.iter().map(AsGrad::as_grad).collect::<Vec<_>>())?;
+    let bounds = value_bounds::in_each_dtype(&clip);
+    let mut writable: Vec<GradMut<'_>> = grads.iter_mut().map(AsGradMut::as_grad_mut).collect();
+    let counts = clamp_all(&bounds, &mut writable);
+    let total = counts.iter().fold(Counts::default(), |sum, counts| sum + *counts);
+    Ok(ValueReport {
+        clipped: total.clipped,
+        nan: total.nan,
+        written: total.clipped > 0,
+        first_nonfinite: counts.iter().position(|counts| counts.nan + counts.inf > 0),
+    })
+}
+
+/// Stages 1 and 2: what [`clip_grad_norm`] would report and do.
+pub(crate) fn measure(grads: &[Grad<'_>], clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
+    clip.validate()?;
+    let plan = check(grads)?;
+    let partials = parallel::norm_partials(clip.norm_type, grads, plan.num_tiles() as usize);
+    let total_norm = {
+        let _env = fp_env::DefaultFpEnv::enter();
+        clip_coef::norm_of(&partials, clip.norm_type)
+    };
+    let first_nonfinite = clip_coef::first_bad_tile(&partials).and_then(|tile| plan.tensor_of(tile as u64));
+    if clip.nonfinite == NonFinite::Error && !total_norm.is_finite() {
+        return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
+    }
+    let verdict = decide(clip, total_norm);
+    let report =
+        NormReport { total_norm, clip_coef: verdict.clip_coef, written: verdict.written(), first_nonfinite };
+    Ok((report, verdict))
+}
+
+/// Stage 3.
+pub(crate) fn apply(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
+    parallel::scale(verdict, grads);
+}
+
+/// Value clipping of a checked list; what each gradient held.
+pub(crate) fn clamp_all(bounds: &ClampBounds, grads: &mut [GradMut<'_>]) -> Vec<Counts> {
+    parallel::clamp(bounds, grads)
+}
+
+/// The list, cut into tiles; refuses overlaps.
+pub(crate) fn check(grads: &[Grad<'_>]) -> Result<Plan> {
+    let tensors: Vec<TensorRef> = grads.iter().map(Grad::tensor_ref).collect();
+    let mut plan = Plan::default();
+    plan.update(&tensors)?;
+    Ok(plan)
+}

@@ -1,0 +1,102 @@
+//! The stages over a list of gradients, on all cores of rayon's pool. Work is cut at tile borders, which fixes the
+//! bits; how many tiles a task takes, and which thread takes it, does not matter to them.
+
+use super::clamp::{self, Counts};
+use super::fp_env::DefaultFpEnv;
+use super::grads::{with_slice, Grad, GradMut};
+use super::isa::Isa;
+use super::norm_partials::tile_partial;
+use super::partial::Partial;
+use super::scale;
+use super::summation::FastSum;
+use crate::abi::{ClampBounds, TILE_BYTES};
+use crate::clip_coef::Verdict;
+use crate::options::NormType;
+use rayon::prelude::*;
+
+/// Tiles of a task: 512 KiB are some 20 us of one core, hundreds of times what handing over a task costs.
+const TILES_PER_TASK: usize = 16;
+/// Below this many bytes in all, one thread is faster than waking others.
+const SERIAL_BYTES: usize = 8 * TILE_BYTES;
+
+/// `partials[tile]` for every tile of the list.
+pub(crate) fn norm_partials(norm_type: NormType, grads: &[Grad<'_>], num_tiles: usize) -> Vec<Partial> {
+    let isa = Isa::detect();
+    let mut partials = vec![Partial::default(); num_tiles];
+    let mut rest = partials.as_mut_slice();
+    let mut tasks = Vec::with_capacity(grads.len());
+    for grad in grads {
+        with_slice!(Grad, grad, slice => cut(slice, &mut rest, &mut tasks, |slice| (*slice).into()));
+    }
+    let run = |(grad, partials): (Grad<'_>, &mut [Partial])| {
+        let _env = DefaultFpEnv::enter();
+        with_slice!(Grad, grad, slice => fill(isa, norm_type, slice, partials));
+    };
+    if num_tiles * TILE_BYTES <= SERIAL_BYTES {
+        tasks.into_iter().for_each(run);
+    } else {
+        tasks.into_par_iter().for_each(run);
+    }
+    partials
+}
+
+/// Cuts one gradient into tasks, and takes their places from `rest`.
+fn cut<'a, 'p, T: FastSum>(
+    mut slice: &'a [T],
+    rest: &mut &'p mut [Partial],
+    tasks: &mut Vec<(Grad<'a>, &'p mut [Partial])>,
+    wrap: impl Fn(&&'a [T]) -> Grad<'a>,
+) {
+    while !slice.is_empty() {
+        let numel = slice.len().min(TILES_PER_TASK * T::TILE_NUMEL);
+        let (head, tail) = slice.split_at(numel);
+        let (places, others) = std::mem::take(rest).split_at_mut(numel.div_ceil(T::TILE_NUMEL));
+        tasks.push((wrap(&head), places));
+        *rest = others;
+        slice = tail;
+    }
+}
+
+fn fill<T: FastSum>(isa: Isa, norm_type: NormType, slice: &[T], partials: &mut [Partial]) {
+    for (partial, tile) in partials.iter_mut().zip(slice.chunks(T::TILE_NUMEL)) {
+        *partial = tile_partial(isa, norm_type, tile);
+    }
+}
+
+/// Applies the verdict to every gradient.
+pub(crate) fn scale(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
+    let isa = Isa::detect();
+    for_each_task(grads, |task| {
+        with_slice!(GradMut, task, slice => scale::scale(isa, verdict, slice));
+        Counts::default()
+    });
+}
+
+/// Clamps every gradient; what each of them held.
+pub(crate) fn clamp(bounds: &ClampBounds, grads: &mut [GradMut<'_>]) -> Vec<Counts> {
+    let isa = Isa::detect();
+    for_each_task(grads, |task| with_slice!(GradMut, task, slice => clamp::clamp(isa, bounds, slice)))
+}
+
+/// Runs `work` over pieces of all gradients, and adds up what it gives for each gradient.
+fn for_each_task(grads: &mut [GradMut<'_>], work: impl Fn(GradMut<'_>) -> Counts + Sync) -> Vec<Counts> {
+    let work = |task: GradMut<'_>| {
+        let _env = DefaultFpEnv::enter();
+        work(task)
+    };
+    let bytes: usize = grads.iter().map(|grad| with_slice!(GradMut, grad, slice => size_of_val::<[_]>(slice))).sum();
+    if bytes <= SERIAL_BYTES {
+        let whole = |grad: &mut GradMut<'_>| with_slice!(GradMut, grad, slice => work((&mut **slice).into()));
+        return grads.iter_mut().map(whole).collect();
+    }
+    let in_pieces = |grad: &mut GradMut<'_>| {
+        with_slice!(GradMut, grad, slice => {
+            pieces(slice).map(|piece| work(piece.into())).reduce(Counts::default, |a, b| a + b)
+        })
+    };
+    grads.par_iter_mut().map(in_pieces).collect()
+}
+
+fn pieces<T: FastSum>(slice: &mut [T]) -> impl ParallelIterator<Item = &mut [T]> {
+    slice.par_chunks_mut(TILES_PER_TASK * T::TILE_NUMEL)
+}

@@ -1,0 +1,225 @@
+//! The verbs on device memory.
+
+use super::driver::{check_driver, driver_error, CurrentContext};
+use super::kernels::Kernels;
+use super::launch::Launcher;
+use super::reports::{Pending, ReportRing};
+use super::workspace::Workspace;
+use crate::abi::{nonfinite, ClipParams};
+use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, DeviceList};
+use crate::error::{Error, Result};
+use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
+use crate::plan::Plan;
+use crate::report::{NormReport, ValueReport};
+use crate::value_bounds;
+use cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
+use cudarc::driver::CudaStream;
+use std::sync::Arc;
+
+/// Clips gradients that live on one GPU, in the order of one stream.
+///
+/// Holds what every call needs again: the loaded kernels, the workspace, the plan of the last list. Make one for each
+/// stream and keep it; the first call with a list is slower than the rest.
+///
+/// Each call enqueues at most three kernels and returns. The host never waits, nothing is allocated once a list of that
+/// size has been seen, and the calling thread's current CUDA context is left as it was. A call can be captured into a
+/// CUDA graph if the same call has been made once before; keep the clipper as long as the graph.
+///
+/// ```no_run
+/// use gradclip::cuda::{self, Clipper};
+/// let context = cuda::context(0)?;
+/// let stream = context.default_stream();
+/// let mut weight = stream.clone_htod(&[3.0f32, 0.0]).unwrap();
+/// let mut bias = stream.clone_htod(&[4.0f32]).unwrap();
+///
+/// let mut clipper = Clipper::new(&stream)?;
+/// let clipped = clipper.clip_grad_norm(&mut [&mut weight, &mut bias], 1.0)?; // no wait
+/// println!("{}", clipped.wait()?.total_norm); // 5
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Clipper {
+    stream: Arc<CudaStream>,
+    kernels: Kernels,
+    workspace: Workspace,
+    reports: Arc<ReportRing>,
+    plan: Arc<Plan>,
+    list: DeviceList,
+    multiprocessors: u32,
+}
+
+impl Clipper {
+    /// Loads the kernels for the device of `stream`; work will be enqueued there.
+    ///
+    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 16 KiB of device
+    /// memory.
+    ///
+    /// # Errors
+    /// [`Error::DriverTooOld`], [`Error::GpuTooOld`], [`Error::OutOfMemory`], [`Error::Driver`].
+    pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+        check_driver()?;
+        let context = stream.context();
+        let _current = CurrentContext::enter(context)?;
+        let multiprocessors = context
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(driver_error("cuDeviceGetAttribute"))?;
+        Ok(Self {
+            stream: stream.clone(),
+            kernels: Kernels::load(context)?,
+            workspace: Workspace::new(stream),
+            reports: Arc::new(ReportRing::new(stream)?),
+            plan: Arc::new(Plan::default()),
+            list: DeviceList::default(),
+            multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
+        })
+    }
+
+    /// Norm over all gradients together; see [`cpu::total_norm`](crate::cpu::total_norm) for what it is.
+    ///
+    /// Cost: reads each gradient once; two launches.
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm`](Self::clip_grad_norm).
+    pub fn total_norm<G: DeviceGrad>(&mut self, grads: &[G], norm_type: NormType) -> Result<Pending<NormReport>> {
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather(grads, &self.stream)?;
+        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), false)?;
+        self.list.release(grads, &self.stream)?;
+        Ok(pending)
+    }
+
+    /// Scales all gradients so that their norm together is at most `max_norm`. Formula, options and policies are those
+    /// of [`cpu::clip_grad_norm`](crate::cpu::clip_grad_norm), and so are the bits.
+    ///
+    /// Cost: reads each gradient once; if it clips, reads and writes each once more. Three launches, no wait (but
+    /// [`NonFinite::Error`] has to wait for the norm).
+    ///
+    /// # Errors
+    /// A bad threshold or list: nothing is touched. [`Error::CaptureNeedsWarmup`] during capture. [`Error::Driver`] if a
+    /// launch was refused: nothing is touched then either, since the last of the three launches is the only one that
+    /// writes.
+    pub fn clip_grad_norm<G: DeviceGradMut>(
+        &mut self,
+        grads: &mut [G],
+        clip: impl Into<ClipNorm>,
+    ) -> Result<Pending<NormReport>> {
+        let clip = clip.into();
+        clip.validate()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather_mut(grads, &self.stream)?;
+        let pending = self.norm_stages(&clip, true)?;
+        self.list.release_mut(grads, &self.stream)?;
+        if clip.nonfinite == NonFinite::Error {
+            let report = pending.wait()?;
+            if !report.total_norm.is_finite() {
+                return Err(Error::NonFinite { total_norm: report.total_norm, tensor: report.first_nonfinite });
+            }
+        }
+        Ok(pending)
+    }
+
+    /// Limits each element to `[-v, v]`, or to the bounds of a [`ClipValue`]; see
+    /// [`cpu::clip_grad_value`](crate::cpu::clip_grad_value).
+    ///
+    /// Cost: reads each gradient once, writes only where something changes. Two launches, no wait.
+    ///
+    /// # Errors
+    /// A bad value or list: nothing is touched. [`Error::CaptureNeedsWarmup`] during capture. [`Error::Driver`] if a
+    /// launch was refused; if it was the second one, the gradients are clipped but the counts are lost.
+    pub fn clip_grad_value<G: DeviceGradMut>(
+        &mut self,
+        grads: &mut [G],
+        clip: impl Into<ClipValue>,
+    ) -> Result<Pending<ValueReport>> {
+        let clip = clip.into();
+        clip.validate()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather_mut(grads, &self.stream)?;
+        let capturing = self.prepare()?;
+        let slot = self.reports.take(capturing)?;
+        let launcher = self.launcher();
+        let counts = self.workspace.sums();
+        launcher.clamp(&value_bounds::in_each_dtype(&clip), counts)?;
+        launcher.clamp_counts(counts, self.reports.address(slot))?;
+        self.list.release_mut(grads, &self.stream)?;
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+    }
+
+    /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 16 KiB for
+    /// reports.
+    #[must_use]
+    pub fn device_bytes(&self) -> usize {
+        self.workspace.device_bytes() + self.reports.bytes()
+    }
+
+    /// Pinned host memory this clipper holds, in bytes: none for lists of up to 160 tensors.
+    #[must_use]
+    pub fn pinned_bytes(&self) -> usize {
+        self.workspace.pinned_bytes()
+    }
+
+    /// The stream that all work goes to.
+    #[must_use]
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    fn norm_stages(&mut self, clip: &ClipNorm, apply: bool) -> Result<Pending<NormReport>> {
+        let capturing = self.prepare()?;
+        if capturing && clip.nonfinite == NonFinite::Error {
+            return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
+        }
+        let slot = self.reports.take(capturing)?;
+        let report = self.reports.address(slot);
+        let (sums, scales) = (self.workspace.sums(), self.workspace.scales(&self.plan));
+        let launcher = self.launcher();
+        launcher.norm_partials(clip.norm_type, sums, scales)?;
+        launcher.clip_coef(&clip_params(clip), sums, scales, report)?;
+        if apply {
+            launcher.scale(report)?;
+        }
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+    }
+
+    /// Plan and workspace for the gathered list; whether the stream is capturing.
+    fn prepare(&mut self) -> Result<bool> {
+        let status = self.stream.capture_status().map_err(driver_error("cuStreamIsCapturing"))?;
+        let capturing = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        if !self.plan.is_for(self.list.tensors()) {
+            self.list.check_raw_pointers(&self.stream)?;
+            match Arc::get_mut(&mut self.plan) {
+                Some(plan) => plan.update(self.list.tensors())?,
+                None => {
+                    let mut plan = Plan::default(); // a report still refers to the old one
+                    plan.update(self.list.tensors())?;
+                    self.plan = Arc::new(plan);
+                }
+            }
+        }
+        self.workspace.prepare(&self.plan, capturing)?;
+        Ok(capturing)
+    }
+
+    fn launcher(&self) -> Launcher<'_> {
+        Launcher {
+            kernels: &self.kernels,
+            stream: &self.stream,
+            multiprocessors: self.multiprocessors,
+            table: self.workspace.table(),
+            num_tiles: self.plan.num_tiles(),
+        }
+    }
+}
+
+fn clip_params(clip: &ClipNorm) -> ClipParams {
+    ClipParams {
+        max_norm: clip.max_norm,
+        eps: clip.eps,
+        norm_type: clip.norm_type as u32,
+        nonfinite: match clip.nonfinite {
+            NonFinite::Skip | NonFinite::Error => nonfinite::SKIP,
+            NonFinite::Zero => nonfinite::ZERO,
+            NonFinite::Propagate => nonfinite::PROPAGATE,
+        },
+    }
+}

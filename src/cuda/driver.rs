@@ -1,0 +1,158 @@
+//! The border to the CUDA driver: is there one, what do its errors mean, whose context is current.
+
+use crate::error::{Error, Result};
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{result, CudaContext, DriverError};
+use std::sync::{Arc, OnceLock};
+
+/// Names the driver goes by. cudarc looks for the same.
+#[cfg(not(windows))]
+const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
+#[cfg(windows)]
+const LIBRARIES: [&str; 1] = ["nvcuda.dll"];
+const LIBRARIES_TEXT: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1, libcuda.so" };
+
+/// Driver functions reached by this crate, through cudarc. cudarc panics at the first use of one that the driver
+/// lacks, so they are looked up here before.
+const FUNCTIONS: [&str; 33] = [
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGet",
+    "cuDeviceGetCount",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuModuleUnload",
+    "cuLaunchKernel",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemAllocAsync",
+    "cuMemFreeAsync",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuPointerGetAttribute",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuStreamIsCapturing",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventQuery",
+    "cuEventRecord",
+    "cuGetErrorName",
+    "cuGetErrorString",
+];
+
+/// Whether a CUDA driver is installed that this crate can use. Loads the library, asks nothing of any GPU, never
+/// panics; the answer is kept for the life of the process.
+///
+/// # Errors
+/// [`Error::DriverMissing`], [`Error::DriverTooOld`].
+pub fn check_driver() -> Result<()> {
+    static ANSWER: OnceLock<Result<()>> = OnceLock::new();
+    ANSWER.get_or_init(probe).clone()
+}
+
+fn probe() -> Result<()> {
+    let mut reasons = Vec::new();
+    for name in LIBRARIES {
+        // SAFETY: opening the driver runs its initialisers, as any CUDA program does.
+        match unsafe { libloading::Library::new(name) } {
+            Ok(library) => {
+                let missing = FUNCTIONS.iter().find(|function| {
+                    // SAFETY: the symbol is looked up, never called or read.
+                    unsafe { library.get::<*const ()>(function.as_bytes()) }.is_err()
+                });
+                // Stays open: cudarc opens the same library, and closing a driver is not something drivers are good at.
+                std::mem::forget(library);
+                return match missing {
+                    None => Ok(()),
+                    Some(function) => Err(Error::DriverTooOld { reason: format!("{name} has no {function}") }),
+                };
+            }
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    Err(Error::DriverMissing { tried: LIBRARIES_TEXT, reason: reasons.swap_remove(0) })
+}
+
+/// The primary context of device `ordinal`: like [`CudaContext::new`], which panics where no driver is. The calling
+/// thread's current context stays what it was.
+///
+/// # Errors
+/// [`Error::DriverMissing`], [`Error::DriverTooOld`], [`Error::NoDevice`].
+///
+/// ```
+/// match gradclip::cuda::context(0) {
+///     Ok(context) => println!("GPU found: device {}", context.ordinal()),
+///     Err(error) => println!("using the CPU: {error}"),
+/// }
+/// ```
+pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
+    check_driver()?;
+    let none = |count| Error::NoDevice { ordinal, count };
+    match result::init() {
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => return Err(none(0)),
+        other => other.map_err(driver_error("cuInit"))?,
+    }
+    let count = result::device::get_count().map_err(driver_error("cuDeviceGetCount"))?;
+    let count = usize::try_from(count).unwrap_or(0);
+    if ordinal >= count {
+        return Err(none(count));
+    }
+    let _current = CurrentContext::save()?;
+    CudaContext::new(ordinal).map_err(driver_error("creating the context"))
+}
+
+/// Wraps a driver error with what was being done. (`DriverError`'s own `Display` asks the driver for its text.)
+pub(crate) fn driver_error(op: &'static str) -> impl Fn(DriverError) -> Error {
+    move |DriverError(code)| Error::Driver { op, code: format!("{code:?}") }
+}
+
+/// The same for an allocation.
+pub(crate) fn allocation_error(what: &'static str, bytes: usize) -> impl Fn(DriverError) -> Error {
+    move |error| match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { what, bytes },
+        _ => driver_error(what)(error),
+    }
+}
+
+/// Remembers the calling thread's current context, and makes it current again when dropped.
+pub(crate) struct CurrentContext {
+    saved: cudarc::driver::sys::CUcontext,
+}
+
+impl CurrentContext {
+    pub(crate) fn save() -> Result<Self> {
+        let saved = result::ctx::get_current().map_err(driver_error("cuCtxGetCurrent"))?;
+        Ok(Self { saved: saved.unwrap_or(std::ptr::null_mut()) })
+    }
+
+    /// Saves, then makes `context` current.
+    pub(crate) fn enter(context: &CudaContext) -> Result<Self> {
+        let guard = Self::save()?;
+        if guard.saved != context.cu_ctx() {
+            // SAFETY: the handle is that of a live context, held by the reference.
+            unsafe { result::ctx::set_current(context.cu_ctx()) }.map_err(driver_error("cuCtxSetCurrent"))?;
+        }
+        Ok(guard)
+    }
+}
+
+impl Drop for CurrentContext {
+    fn drop(&mut self) {
+        let unchanged = matches!(result::ctx::get_current(), Ok(now) if now.unwrap_or(std::ptr::null_mut()) == self.saved);
+        if !unchanged {
+            // SAFETY: the handle was current when it was read; its owner is the caller, who is still running. A driver
+            // that refuses leaves another context current, which there is no one to tell.
+            let _ = unsafe { result::ctx::set_current(self.saved) };
+        }
+    }
+}

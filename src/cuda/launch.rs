@@ -1,0 +1,111 @@
+//! One function for each stage: grid, arguments, launch. Asynchronous, on the caller's stream, no allocation.
+
+use super::driver::driver_error;
+use super::kernels::Kernels;
+use crate::abi::{ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS};
+use crate::error::Result;
+use crate::options::NormType;
+use cudarc::driver::{result, CudaFunction, CudaStream};
+use std::ffi::c_void;
+
+/// Blocks of the in-place stages, for each multiprocessor. They take tiles in turn, so that a launch that finds nothing
+/// to do ends after one small wave. Not yet tuned on a GPU.
+const IN_PLACE_BLOCKS_PER_SM: u32 = 16;
+
+/// Where the stages run.
+pub(crate) struct Launcher<'a> {
+    pub kernels: &'a Kernels,
+    pub stream: &'a CudaStream,
+    pub multiprocessors: u32,
+    pub table: &'a TensorTable,
+    pub num_tiles: u32,
+}
+
+/// The address of a kernel argument.
+fn arg<T>(value: &T) -> *mut c_void {
+    std::ptr::from_ref(value).cast_mut().cast()
+}
+
+impl Launcher<'_> {
+    /// `sums[tile]` (and `scales[tile]`, unless null) for every tile. One block a tile: the hardware balances them.
+    pub(crate) fn norm_partials(&self, norm_type: NormType, sums: u64, scales: u64) -> Result<()> {
+        let mut args = [arg(self.table), arg(&self.num_tiles), arg(&sums), arg(&scales)];
+        // SAFETY: the arguments mirror norm_partials_* in kernels/norm_partials.cu. The plan keeps every tile inside its
+        // tensor, the workspace has a place for each tile, and the caller of the clipper keeps the tensors alive.
+        unsafe { self.over_tiles("norm_partials", self.kernels.norm_partials(norm_type), self.num_tiles, &mut args) }
+    }
+
+    /// Partials to report.
+    pub(crate) fn clip_coef(&self, params: &ClipParams, sums: u64, scales: u64, report: u64) -> Result<()> {
+        let mut args = [arg(&sums), arg(&scales), arg(&self.num_tiles), arg(params), arg(&report)];
+        // SAFETY: the arguments mirror clip_coef in kernels/clip_coef.cu; the partials were written by the launch before
+        // on the same stream, the slot belongs to this call.
+        unsafe { self.one_block("clip_coef", &self.kernels.clip_coef, &mut args) }
+    }
+
+    /// Applies the report to the gradients.
+    pub(crate) fn scale(&self, report: u64) -> Result<()> {
+        let mut args = [arg(self.table), arg(&self.num_tiles), arg(&report)];
+        // SAFETY: the arguments mirror scale in kernels/scale.cu; the tensors are borrowed mutably by the caller, and do
+        // not overlap.
+        unsafe { self.over_tiles("scale", &self.kernels.scale, self.in_place_blocks(), &mut args) }
+    }
+
+    /// Clamps the gradients; `counts[tile]` for every tile.
+    pub(crate) fn clamp(&self, bounds: &ClampBounds, counts: u64) -> Result<()> {
+        let mut args = [arg(self.table), arg(&self.num_tiles), arg(bounds), arg(&counts)];
+        // SAFETY: the arguments mirror clamp in kernels/clamp.cu; tensors as for `scale`, counts as for `norm_partials`.
+        unsafe { self.over_tiles("clamp", &self.kernels.clamp, self.in_place_blocks(), &mut args) }
+    }
+
+    /// Counts to report.
+    pub(crate) fn clamp_counts(&self, counts: u64, report: u64) -> Result<()> {
+        let mut args = [arg(&counts), arg(&self.num_tiles), arg(&report)];
+        // SAFETY: the arguments mirror clamp_counts in kernels/clamp.cu; the counts were written by the launch before.
+        unsafe { self.one_block("clamp_counts", &self.kernels.clamp_counts, &mut args) }
+    }
+
+    fn in_place_blocks(&self) -> u32 {
+        self.num_tiles.min(self.multiprocessors.saturating_mul(IN_PLACE_BLOCKS_PER_SM))
+    }
+
+    /// # Safety
+    /// `args` are those of `kernel`, and what they point to may be used as the kernel does until it has run.
+    unsafe fn over_tiles(
+        &self,
+        op: &'static str,
+        kernel: &CudaFunction,
+        blocks: u32,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        if blocks == 0 {
+            return Ok(()); // only empty tensors
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { self.launch(op, kernel, blocks, TILE_THREADS as u32, args) }
+    }
+
+    /// # Safety
+    /// As [`over_tiles`](Self::over_tiles).
+    unsafe fn one_block(&self, op: &'static str, kernel: &CudaFunction, args: &mut [*mut c_void]) -> Result<()> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.launch(op, kernel, 1, FOLD_THREADS as u32, args) }
+    }
+
+    /// # Safety
+    /// As [`over_tiles`](Self::over_tiles).
+    unsafe fn launch(
+        &self,
+        op: &'static str,
+        kernel: &CudaFunction,
+        blocks: u32,
+        threads: u32,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
+        // SAFETY: the function's module is loaded in the stream's context and held by it; the driver copies the
+        // arguments before it returns; the rest is the caller's.
+        unsafe { result::launch_kernel(kernel.cu_function(), grid, block, 0, self.stream.cu_stream(), args) }
+            .map_err(driver_error(op))
+    }
+}

@@ -1,0 +1,26 @@
+//! Clipping gradients in device memory, through cudarc.
+//!
+//! Gradients are [`CudaSlice`](cudarc::driver::CudaSlice)s, views of them, or [`RawGrad`]s: device pointers that some
+//! other framework owns. A [`Clipper`] runs the kernels on one stream; the free functions below keep one for each thread
+//! and stream.
+//!
+//! The driver is loaded when it is first needed. Where there is none, [`context`] and [`check_driver`] say so; cudarc's
+//! own `CudaContext::new` panics.
+
+mod clipper;
+mod driver;
+mod kernels;
+mod launch;
+mod memory;
+mod reports;
+mod thread_clippers;
+mod workspace;
+
+pub use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, RawGrad};
+pub use clipper::Clipper;
+pub use driver::{check_driver, context};
+pub use kernels::compiler;
+pub use reports::{DeviceReport, Pending};
+pub use thread_clippers::{clip_grad_norm, clip_grad_value, release_thread_clippers, total_norm};
+
+pub(crate) use driver::driver_error;

@@ -1,0 +1,165 @@
+//! Everything that can go wrong, as one type.
+
+use crate::Dtype;
+
+/// Result with [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call did nothing. Unless a variant says otherwise, no gradient has been touched.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A threshold that is negative or NaN (`max_norm`, `eps`, a clip value).
+    #[error("{name} must be {expected}, got {got}")]
+    InvalidThreshold {
+        /// Which option.
+        name: &'static str,
+        /// What it has to be.
+        expected: &'static str,
+        /// What was given.
+        got: f64,
+    },
+    /// Value bounds that enclose nothing: `lo > hi`, or one is NaN.
+    #[error("value bounds need lo <= hi, got lo {lo} and hi {hi}")]
+    InvalidBounds {
+        /// Lower bound given.
+        lo: f64,
+        /// Upper bound given.
+        hi: f64,
+    },
+    /// The norm is NaN or infinite, and the caller asked for an error ([`NonFinite::Error`](crate::NonFinite::Error)).
+    #[error("the norm of the gradients is {total_norm}{}; nothing was clipped", at_tensor(.tensor))]
+    NonFinite {
+        /// The norm: NaN if any element is NaN, else infinite.
+        total_norm: f64,
+        /// Index of the first tensor that holds a NaN or an Inf; `None` if all are finite and only their norm overflows f64.
+        tensor: Option<usize>,
+    },
+    /// Two entries of the list share memory: it would be counted, and scaled, twice.
+    #[error("tensors {first} and {second} overlap in memory; each gradient may be listed once")]
+    Overlap {
+        /// Index of one of them.
+        first: usize,
+        /// Index of the other.
+        second: usize,
+    },
+    /// The address of a tensor is not a multiple of its element size.
+    #[error("tensor {tensor} ({dtype}) starts at {address:#x}, which is not a multiple of {} bytes", .dtype.size())]
+    Misaligned {
+        /// Index in the list.
+        tensor: usize,
+        /// Its element type.
+        dtype: Dtype,
+        /// Its address.
+        address: u64,
+    },
+    /// A tensor larger than the address space, or a list of more than 2^31 tiles of 32 KiB.
+    #[error("tensor {tensor} with {numel} elements makes the list too large")]
+    TooLarge {
+        /// Index in the list.
+        tensor: usize,
+        /// Its number of elements.
+        numel: u64,
+    },
+    /// An element type that gradients cannot be clipped in.
+    #[error("tensor {tensor} has dtype {got}; expected f32, f64, f16 or bf16")]
+    UnsupportedDtype {
+        /// Index in the list.
+        tensor: usize,
+        /// Its type.
+        got: String,
+    },
+    /// A view with gaps or another order than that of memory.
+    #[error("tensor {tensor} is not contiguous ({got}); clip a contiguous copy of it")]
+    NotContiguous {
+        /// Index in the list.
+        tensor: usize,
+        /// Its shape and strides.
+        got: String,
+    },
+    /// A tensor on another device than the call runs on.
+    #[error("tensor {tensor} is on {got}, expected {expected}")]
+    WrongDevice {
+        /// Index in the list.
+        tensor: usize,
+        /// Where it should be.
+        expected: String,
+        /// Where it is.
+        got: String,
+    },
+    /// A raw pointer that the driver does not know as device memory of the right device and size.
+    #[error("tensor {tensor}: {got}; expected {expected}")]
+    BadPointer {
+        /// Index in the list.
+        tensor: usize,
+        /// What the pointer should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+    /// No CUDA driver could be loaded.
+    #[error("no CUDA driver: none of {tried} could be loaded ({reason}). Install the NVIDIA driver, or use the CPU path")]
+    DriverMissing {
+        /// Library names tried.
+        tried: &'static str,
+        /// What the loader said.
+        reason: String,
+    },
+    /// The CUDA driver lacks a function, or does not take the PTX of this crate.
+    #[error("the CUDA driver is too old: {reason}. Drivers for CUDA 12.0 (525) and later work")]
+    DriverTooOld {
+        /// What is missing.
+        reason: String,
+    },
+    /// The driver is there, but no GPU is.
+    #[error("no CUDA device {ordinal}: the driver reports {count}")]
+    NoDevice {
+        /// Device asked for.
+        ordinal: usize,
+        /// Devices present.
+        count: usize,
+    },
+    /// The GPU is older than the oldest one the kernels are built for.
+    #[error("the GPU has compute capability {major}.{minor}; 7.5 or later is needed")]
+    GpuTooOld {
+        /// Major compute capability.
+        major: i32,
+        /// Minor compute capability.
+        minor: i32,
+    },
+    /// Device or pinned memory for the workspace could not be had.
+    #[error("out of memory: {bytes} bytes for the {what}")]
+    OutOfMemory {
+        /// What it was for.
+        what: &'static str,
+        /// Size asked for.
+        bytes: usize,
+    },
+    /// The call would have to allocate or copy during stream capture. Make the same call once before the capture.
+    #[error("{what} is not ready, and nothing can be prepared during stream capture; make the same call once before it")]
+    CaptureNeedsWarmup {
+        /// What would have to be prepared.
+        what: &'static str,
+    },
+    /// The report was overwritten: [`REPORTS_KEPT`](crate::REPORTS_KEPT) later calls went through the same clipper.
+    #[error("the report is gone: only the last {} are kept on the device", crate::REPORTS_KEPT)]
+    ReportExpired,
+    /// Every report slot is held by a captured graph.
+    #[error("all {} report slots are held by captured graphs; use another clipper", crate::REPORTS_KEPT)]
+    NoReportSlot,
+    /// Any other error of the CUDA driver. If it happened in a launch, earlier stages of the same call may have run.
+    #[error("{op}: CUDA error {code}")]
+    Driver {
+        /// What was being done.
+        op: &'static str,
+        /// Name of the driver's error.
+        code: String,
+    },
+    /// An error of the framework whose tensors were passed.
+    #[error("{0}")]
+    Framework(String),
+}
+
+fn at_tensor(tensor: &Option<usize>) -> String {
+    tensor.map_or(String::new(), |index| format!(" (first in tensor {index})"))
+}

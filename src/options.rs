@@ -1,0 +1,158 @@
+//! What to clip by, and what to do when it cannot be done.
+
+use crate::error::{Error, Result};
+
+/// Order of the norm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum NormType {
+    /// Sum of magnitudes.
+    L1 = 0,
+    /// Square root of the sum of squares.
+    #[default]
+    L2 = 1,
+    /// Largest magnitude; NaN if any element is NaN.
+    Inf = 2,
+}
+
+/// What to do when the norm is NaN or infinite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum NonFinite {
+    /// Leave every gradient as it is; the report says so, and which tensor was first.
+    #[default]
+    Skip,
+    /// Set every gradient to zero, so that the optimizer step can go on without anybody waiting for the report.
+    Zero,
+    /// Multiply by `max_norm / norm` all the same, as PyTorch does: a NaN anywhere makes every gradient NaN; an Inf
+    /// makes finite elements 0 and infinite ones NaN.
+    Propagate,
+    /// Leave every gradient as it is, wait for the result, and return [`Error::NonFinite`].
+    Error,
+}
+
+/// Clipping by global norm: if the norm of all gradients together exceeds `max_norm`, all are multiplied by
+///
+/// ```text
+/// clip_coef = max_norm / (total_norm + eps)        applied only where total_norm + eps > max_norm
+/// ```
+///
+/// An `f64` converts into the plain case, so `clip_grad_norm(&mut grads, 1.0)` is enough for it.
+///
+/// ```
+/// use gradclip::{ClipNorm, NonFinite, NormType};
+/// let clip = ClipNorm::new(1.0).norm_type(NormType::L1).nonfinite(NonFinite::Zero);
+/// let like_torch = ClipNorm::new(1.0).torch_compatible();
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ClipNorm {
+    pub(crate) max_norm: f64,
+    pub(crate) norm_type: NormType,
+    pub(crate) eps: f64,
+    pub(crate) nonfinite: NonFinite,
+}
+
+impl ClipNorm {
+    /// The `eps` of `torch.nn.utils.clip_grad_norm_`.
+    pub const TORCH_EPS: f64 = 1e-6;
+
+    /// L2 norm, eps 0, [`NonFinite::Skip`]. `max_norm` 0 sets all gradients to 0; infinity only measures. A negative or
+    /// NaN one is an error when it is used.
+    #[must_use]
+    pub const fn new(max_norm: f64) -> Self {
+        Self { max_norm, norm_type: NormType::L2, eps: 0.0, nonfinite: NonFinite::Skip }
+    }
+
+    /// Order of the norm.
+    #[must_use]
+    pub const fn norm_type(mut self, norm_type: NormType) -> Self {
+        self.norm_type = norm_type;
+        self
+    }
+
+    /// Added to the norm in the quotient: 0 (the default) makes the clipped norm equal to `max_norm`, as TensorFlow and
+    /// optax do. Negative, infinite or NaN is an error when it is used.
+    #[must_use]
+    pub const fn eps(mut self, eps: f64) -> Self {
+        self.eps = eps;
+        self
+    }
+
+    /// `min(max_norm / (total_norm + 1e-6), 1)`, the formula of PyTorch: eps is 1e-6, so a norm within 1e-6 below
+    /// `max_norm` is scaled too. What happens to NaN and Inf stays [`nonfinite`](Self::nonfinite)'s to say.
+    #[must_use]
+    pub const fn torch_compatible(self) -> Self {
+        self.eps(Self::TORCH_EPS)
+    }
+
+    /// What to do when the norm is NaN or infinite.
+    #[must_use]
+    pub const fn nonfinite(mut self, nonfinite: NonFinite) -> Self {
+        self.nonfinite = nonfinite;
+        self
+    }
+
+    pub(crate) const fn measure_only(norm_type: NormType) -> Self {
+        Self::new(f64::INFINITY).norm_type(norm_type)
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        if self.max_norm.is_nan() || self.max_norm < 0.0 {
+            return Err(Error::InvalidThreshold { name: "max_norm", expected: "zero or positive", got: self.max_norm });
+        }
+        if !self.eps.is_finite() || self.eps < 0.0 {
+            return Err(Error::InvalidThreshold { name: "eps", expected: "finite and not negative", got: self.eps });
+        }
+        Ok(())
+    }
+}
+
+impl From<f64> for ClipNorm {
+    fn from(max_norm: f64) -> Self {
+        Self::new(max_norm)
+    }
+}
+
+/// Clipping by value: each element becomes `min(max(x, lo), hi)`.
+///
+/// A bound that a gradient's type cannot hold is rounded to nearest in it, and a finite one stays finite: an infinite
+/// gradient always ends at a bound. NaN stays NaN, bit for bit, and is counted.
+///
+/// An `f64` `v` converts into the bounds `-v, v`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ClipValue {
+    pub(crate) lo: f64,
+    pub(crate) hi: f64,
+    symmetric: bool,
+}
+
+impl ClipValue {
+    /// Bounds `-clip_value` and `clip_value`. A negative or NaN one is an error when it is used.
+    #[must_use]
+    pub const fn new(clip_value: f64) -> Self {
+        Self { lo: -clip_value, hi: clip_value, symmetric: true }
+    }
+
+    /// Bounds `lo` and `hi`; either may be infinite. `lo > hi` or a NaN is an error when it is used.
+    #[must_use]
+    pub const fn between(lo: f64, hi: f64) -> Self {
+        Self { lo, hi, symmetric: false }
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        if self.symmetric && !(self.hi >= 0.0) {
+            return Err(Error::InvalidThreshold { name: "clip_value", expected: "zero or positive", got: self.hi });
+        }
+        if !(self.lo <= self.hi) {
+            return Err(Error::InvalidBounds { lo: self.lo, hi: self.hi });
+        }
+        Ok(())
+    }
+}
+
+impl From<f64> for ClipValue {
+    fn from(clip_value: f64) -> Self {
+        Self::new(clip_value)
+    }
+}

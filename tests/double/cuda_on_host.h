@@ -1,0 +1,90 @@
+// The host branch of kernels/device.cuh: the same names, for g++ or clang++ in C++17 with -DGRADCLIP_HOST.
+// Every CUDA thread is a fiber (block.h); the sanitizers see them as threads.
+#pragma once
+
+#include "block.h"
+#include "host_float.h"
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+// One array for the block. 0xFF is a NaN in every float type, and no sum, count or index anybody expects.
+#define GRADCLIP_SHARED_ARRAY(type, name, count)                 \
+  static const char name##_declaration = 0;                      \
+  type(&name)[count] = *static_cast<type(*)[count]>(             \
+      ::gradclip::host::shared_array(&name##_declaration, sizeof(type) * (count), alignof(type)))
+
+namespace gradclip {
+
+inline u32 thread_index() { return host::place.thread; }
+inline u32 block_index() { return host::place.block; }
+inline u32 grid_blocks() { return host::place.blocks; }
+inline void sync_block() { host::sync_threads(); }
+inline u32 shfl_xor(u32 x, u32 mask) { return host::exchange(x, mask); }
+
+namespace host {
+
+// Which addresses a kernel may touch. The driver double knows its allocations and sets `find`; without it all are
+// allowed, and a sanitizer watches instead.
+struct GlobalMemory {
+  u64 begin, end;                                // the allocation found last
+  bool (*find)(u64 address, u32 bytes, bool write);  // sets begin and end, or reports the fault
+};
+extern GlobalMemory global_memory;
+
+inline bool may_access(u64 address, u32 bytes, bool write) {
+  const GlobalMemory& memory = global_memory;
+  if (!memory.find || (address >= memory.begin && address + bytes <= memory.end)) return true;
+  return memory.find(address, bytes, write);
+}
+
+inline void check_alignment(u64 address, u32 bytes, const char* what) {
+  if (address % bytes != 0) die("%s of %u bytes at the misaligned address %#llx", what, bytes, address);
+}
+
+// Device memory has no type: any of these may alias any other.
+using AliasingWord __attribute__((may_alias)) = u32;
+template <class Bits>
+struct AliasingType {
+  typedef Bits Type __attribute__((may_alias));
+};
+
+}  // namespace host
+
+struct Pack {
+  u32 word[4];
+};
+
+inline Pack load_pack(u64 address) {
+  host::check_alignment(address, sizeof(Pack), "a load");
+  if (!host::may_access(address, sizeof(Pack), false)) return {{~0u, ~0u, ~0u, ~0u}};
+  const host::AliasingWord* words = reinterpret_cast<const host::AliasingWord*>(address);
+  return {{words[0], words[1], words[2], words[3]}};
+}
+inline Pack load_once(u64 address) { return load_pack(address); }
+inline Pack load_shared_line(u64 address) { return load_pack(address); }
+inline Pack load_for_update(u64 address) { return load_pack(address); }
+
+inline void store(u64 address, const Pack& p) {
+  host::check_alignment(address, sizeof(Pack), "a store");
+  if (!host::may_access(address, sizeof(Pack), true)) return;
+  host::AliasingWord* words = reinterpret_cast<host::AliasingWord*>(address);
+  for (u32 i = 0; i < 4; ++i) words[i] = p.word[i];
+}
+
+template <class Bits>
+inline Bits load_element(u64 address) {
+  host::check_alignment(address, sizeof(Bits), "a load");
+  if (!host::may_access(address, sizeof(Bits), false)) return static_cast<Bits>(~0ull);
+  return *reinterpret_cast<const typename host::AliasingType<Bits>::Type*>(address);
+}
+template <class Bits>
+inline void store_element(u64 address, Bits bits) {
+  host::check_alignment(address, sizeof(Bits), "a store");
+  if (!host::may_access(address, sizeof(Bits), true)) return;
+  *reinterpret_cast<typename host::AliasingType<Bits>::Type*>(address) = bits;
+}
+
+}  // namespace gradclip

@@ -1,0 +1,1 @@
+// libcuda.so.1: nothing of its own, see tests/support/double.rs.

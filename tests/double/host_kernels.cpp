@@ -1,0 +1,28 @@
+#include "host_kernels.h"
+
+#include "../../kernels/abi.cuh"
+#include "cuda_on_host.h"
+
+namespace gradclip {
+namespace host {
+
+GlobalMemory global_memory = {};
+
+namespace {
+
+const HostKernel* find_in(const HostKernel* kernels, const char* symbol) {
+  for (; kernels->symbol; ++kernels) {
+    if (!std::strcmp(kernels->symbol, symbol)) return kernels;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const HostKernel* find_kernel(const char* symbol) {
+  const HostKernel* kernel = find_in(project_kernels, symbol);
+  return kernel ? kernel : find_in(toy_kernels, symbol);
+}
+
+}  // namespace host
+}  // namespace gradclip

@@ -1,0 +1,27 @@
+// The kernels of the crate, compiled as C++, and the list of them.
+#include "host_kernels.h"
+
+#include "../../kernels/norm_partials.cu"
+#include "../../kernels/clip_coef.cu"
+#include "../../kernels/scale.cu"
+#include "../../kernels/clamp.cu"
+
+#define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
+#define FOLD_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kFoldThreads)
+
+namespace gradclip {
+namespace host {
+
+const HostKernel project_kernels[] = {
+    TILE_KERNEL(norm_partials_l1),
+    TILE_KERNEL(norm_partials_l2),
+    TILE_KERNEL(norm_partials_inf),
+    FOLD_KERNEL(clip_coef),
+    TILE_KERNEL(scale),
+    TILE_KERNEL(clamp),
+    FOLD_KERNEL(clamp_counts),
+    {},
+};
+
+}  // namespace host
+}  // namespace gradclip

@@ -1,0 +1,249 @@
+// The kernels as a program of their own: no driver, no Rust, so that a sanitizer sees nothing else.
+//   runner CASES      runs the cases of that file and writes the outcomes to stdout (tests/support/runner.rs)
+//   runner --toy NAME runs one toy kernel, right or wrong, to show that a mistake is noticed
+// Every buffer is a heap block of exactly its size.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../kernels/abi.cuh"
+#include "fibers.h"
+#include "host_kernels.h"
+#if defined(GRADCLIP_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+
+using namespace gradclip;
+using namespace gradclip::host;
+
+namespace {
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "runner: %s\n", what);
+  std::exit(2);
+}
+
+const u32 kElementBytes[] = {4, 8, 2, 2};  // by Dtype
+
+class Reader {
+ public:
+  explicit Reader(const char* path) : file_(std::fopen(path, "rb")) {
+    if (!file_) fail("the case file cannot be opened");
+  }
+  ~Reader() { std::fclose(file_); }
+  void bytes(void* out, size_t count) {
+    if (count && std::fread(out, 1, count, file_) != count) fail("the case file ends early");
+  }
+  template <class T>
+  T get() {
+    T value;
+    bytes(&value, sizeof value);
+    return value;
+  }
+
+ private:
+  std::FILE* file_;
+};
+
+void write_bytes(const void* data, size_t count) {
+  if (count && std::fwrite(data, 1, count, stdout) != count) fail("stdout cannot be written");
+}
+
+// `misalign` bytes, then the data, then nothing that belongs to us.
+class TensorMemory {
+ public:
+  TensorMemory(size_t misalign, size_t bytes) : misalign_(misalign), bytes_(bytes), block_(new char[misalign + bytes]) {
+    std::memset(block_.get(), kBefore, misalign);
+#if defined(GRADCLIP_ASAN)
+    __asan_poison_memory_region(block_.get(), misalign / 8 * 8);  // it watches 8 bytes at a time
+#endif
+  }
+  ~TensorMemory() {
+#if defined(GRADCLIP_ASAN)
+    __asan_unpoison_memory_region(block_.get(), misalign_);
+#endif
+    for (size_t i = 0; i < misalign_; ++i) {
+      if (block_[i] != kBefore) fail("a kernel wrote before the first element of a tensor");
+    }
+  }
+  TensorMemory(const TensorMemory&) = delete;
+  TensorMemory& operator=(const TensorMemory&) = delete;
+
+  char* data() { return block_.get() + misalign_; }
+  size_t bytes() const { return bytes_; }
+  u64 address() { return reinterpret_cast<u64>(data()); }
+
+ private:
+  static constexpr char kBefore = 0x5a;
+  size_t misalign_, bytes_;
+  std::unique_ptr<char[]> block_;
+};
+
+// Parameters of one launch, in order.
+class Arguments {
+ public:
+  explicit Arguments(const char* symbol) : kernel_(find_kernel(symbol)), packed_(new Packed) {
+    if (!kernel_) fail("no such kernel");
+  }
+  template <class T>
+  Arguments& add(const T& value) {
+    if (next_ >= kernel_->num_params || kernel_->params[next_].size != sizeof value) {
+      fail("the arguments of a kernel are not those of its source");
+    }
+    std::memcpy(packed_->bytes + kernel_->params[next_++].offset, &value, sizeof value);
+    return *this;
+  }
+  void run(u32 blocks, Order order) {
+    if (next_ != kernel_->num_params) fail("too few arguments for a kernel");
+    run_kernel(*kernel_, packed_->bytes, blocks, order);
+  }
+
+ private:
+  struct alignas(16) Packed {
+    char bytes[kMaxParamBytes];
+  };
+  const HostKernel* kernel_;
+  std::unique_ptr<Packed> packed_;
+  u32 next_ = 0;
+};
+
+template <class T>
+std::unique_ptr<T[]> filled(size_t count) {
+  std::unique_ptr<T[]> values(new T[count]);
+  if (count) std::memset(static_cast<void*>(values.get()), 0xff, count * sizeof(T));
+  return values;
+}
+
+// As tests/support/runner.rs writes it.
+struct CaseHeader {
+  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts
+  u32 table_in_memory;
+  u32 with_scales;
+  u32 blocks;
+  u32 reversed;
+  u32 num_tensors;
+  ClipParams clip;
+  ClampBounds bounds;
+};
+
+class Case {
+ public:
+  explicit Case(Reader& in) : header_(in.get<CaseHeader>()) {
+    if (header_.num_tensors > kInlineTensors && !header_.table_in_memory) fail("too many tensors for an inline table");
+    descs_ = filled<TensorDesc>(header_.num_tensors);
+    for (u32 i = 0; i < header_.num_tensors; ++i) {
+      const u32 dtype = in.get<u32>();
+      const u32 misalign = in.get<u32>();
+      const u64 numel = in.get<u64>();
+      if (dtype > kBF16) fail("no such dtype");
+      tensors_.emplace_back(new TensorMemory(misalign, numel * kElementBytes[dtype]));
+      TensorMemory& tensor = *tensors_.back();
+      in.bytes(tensor.data(), tensor.bytes());
+      descs_[i] = {tensor.address(), numel, num_tiles_, dtype};
+      num_tiles_ += static_cast<u32>((tensor.bytes() + kTileBytes - 1) / kTileBytes);
+    }
+    sums_ = filled<double>(num_tiles_);
+    scales_ = filled<int>(num_tiles_);
+    counts_ = filled<u64>(num_tiles_);
+    report_ = filled<ReportSlot>(1);
+  }
+
+  void run() {
+    const Order order = {header_.reversed != 0, header_.reversed != 0};
+    const u32 blocks = header_.blocks;
+    if (header_.operation == 0) {
+      static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf"};
+      if (header_.clip.norm_type > kInf) fail("no such norm");
+      int* scales = header_.with_scales ? scales_.get() : nullptr;
+      Arguments(kSymbols[header_.clip.norm_type])
+          .add(table()).add(num_tiles_).add(sums_.get()).add(scales).run(blocks, order);
+      Arguments("clip_coef")
+          .add(sums_.get()).add(scales).add(num_tiles_).add(header_.clip).add(report_.get()).run(1, order);
+      Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+    } else {
+      Arguments("clamp").add(table()).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
+      Arguments("clamp_counts").add(counts_.get()).add(num_tiles_).add(report_.get()).run(1, order);
+    }
+  }
+
+  void write() {
+    write_bytes(&num_tiles_, sizeof num_tiles_);
+    write_bytes(sums_.get(), num_tiles_ * sizeof sums_[0]);
+    write_bytes(scales_.get(), num_tiles_ * sizeof scales_[0]);
+    write_bytes(counts_.get(), num_tiles_ * sizeof counts_[0]);
+    write_bytes(report_.get(), sizeof(ReportSlot));
+    for (const auto& tensor : tensors_) write_bytes(tensor->data(), tensor->bytes());
+  }
+
+ private:
+  // What the table does not use is 0xFF.
+  TensorTable table() const {
+    TensorTable table;
+    std::memset(&table, 0xff, sizeof table);
+    table.num_tensors = header_.num_tensors;
+    table.in_memory = header_.table_in_memory ? descs_.get() : nullptr;
+    if (!header_.table_in_memory && header_.num_tensors) {
+      std::memcpy(table.inline_tensors, descs_.get(), header_.num_tensors * sizeof(TensorDesc));
+    }
+    return table;
+  }
+
+  CaseHeader header_;
+  u32 num_tiles_ = 0;
+  std::vector<std::unique_ptr<TensorMemory>> tensors_;
+  std::unique_ptr<TensorDesc[]> descs_;
+  std::unique_ptr<double[]> sums_;
+  std::unique_ptr<int[]> scales_;
+  std::unique_ptr<u64[]> counts_;
+  std::unique_ptr<ReportSlot[]> report_;
+};
+
+int run_cases(const char* path) {
+  Reader in(path);
+  const u32 count = in.get<u32>();
+  for (u32 i = 0; i < count; ++i) {
+    Case one(in);
+    one.run();
+    one.write();
+  }
+  return std::fflush(stdout) == 0 ? 0 : 2;
+}
+
+int run_toy(const std::string& name) {
+  constexpr u32 kBlocks = 3;
+  constexpr u32 kCount = kBlocks * 256;
+  const auto values = filled<double>(kCount);
+  for (u32 i = 0; i < kCount; ++i) values[i] = i;
+  const auto sums = filled<double>(kBlocks);
+  const auto words = filled<u32>(4);
+  TensorMemory from(0, 256), to(0, 256);
+  std::memset(from.data(), 0, from.bytes());
+  if (name == "block_sums" || name == "missing_barrier") {
+    Arguments(("toy_" + name).c_str()).add(values.get()).add(kCount).add(sums.get()).run(kBlocks, Order());
+    std::printf("%g %g %g\n", sums[0], sums[1], sums[2]);
+  } else if (name == "same_slot" || name == "unwritten_shared" || name == "divergent_shuffle") {
+    Arguments(("toy_" + name).c_str()).add(words.get()).run(name == "same_slot" ? kBlocks : 1, Order());
+    std::printf("%#x\n", words[0]);
+  } else if (name == "divergent_barrier") {
+    Arguments("toy_divergent_barrier").run(1, Order());
+  } else if (name == "copy_packs" || name == "read_past_end") {
+    Arguments("toy_copy_packs").add(to.address()).add(from.address()).add(name == "copy_packs" ? 16u : 17u)
+        .run(1, Order());
+  } else if (name == "misaligned_pack") {
+    Arguments("toy_copy_packs").add(to.address()).add(from.address() + 4).add(1u).run(1, Order());
+  } else {
+    fail("no such toy");
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 3 && !std::strcmp(argv[1], "--toy")) return run_toy(argv[2]);
+  if (argc == 2) return run_cases(argv[1]);
+  fail("usage: runner CASES | runner --toy NAME");
+}

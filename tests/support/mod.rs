@@ -1,0 +1,7 @@
+//! What the tests share: a C++ toolchain, the driver double, and the kernels as a stand-alone program.
+#![allow(dead_code, missing_docs)] // every test binary uses a part
+#![allow(clippy::expect_used)]
+
+pub mod double;
+pub mod runner;
+pub mod toolchain;

@@ -1,0 +1,289 @@
+//! The kernels as a stand-alone program, for the sanitizers: no driver and no Rust runtime in it.
+//! `GRADCLIP_HOST_SANITIZER` = `address,undefined` or `thread` chooses one.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs};
+
+use anyhow::{ensure, Context, Result};
+
+use super::toolchain::{self, Build};
+
+/// The numbers are those of `kernels/abi.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Dtype {
+    F32 = 0,
+    F64 = 1,
+    F16 = 2,
+    BF16 = 3,
+}
+
+impl Dtype {
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::F64 => 8,
+            Dtype::F16 | Dtype::BF16 => 2,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    pub dtype: Dtype,
+    /// Bytes between a 16-byte border and the first element.
+    pub misalign: u32,
+    pub data: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Operation {
+    /// norm_partials, clip_coef, scale.
+    ClipNorm {
+        max_norm: f64,
+        eps: f64,
+        norm_type: u32,
+        nonfinite: u32,
+    },
+    /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
+    Clamp {
+        f64: [f64; 2],
+        f32: [f32; 2],
+        f16: [f32; 2],
+        bf16: [f32; 2],
+    },
+}
+
+#[derive(Debug, Clone)]
+pub struct Case {
+    pub tensors: Vec<Tensor>,
+    pub operation: Operation,
+    /// The descriptors in memory instead of the kernel's parameters.
+    pub table_in_memory: bool,
+    /// Whether norm_partials gets a place for the range of each partial.
+    pub with_scales: bool,
+    pub blocks: u32,
+    pub reversed: bool,
+}
+
+/// `ReportSlot` of `kernels/abi.cuh`. What a kernel left alone is 0xFF in every byte.
+#[derive(Debug, Clone, Copy)]
+pub struct Report {
+    pub total_norm: f64,
+    pub clip_coef: f64,
+    pub first_bad_tile: u64,
+    pub clipped_elements: u64,
+    pub nan_elements: u64,
+    pub coef_hi: f32,
+    pub coef_lo: f32,
+    pub action: u32,
+}
+
+const REPORT_BYTES: usize = 64;
+
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    pub sums: Vec<f64>,
+    pub scales: Vec<i32>,
+    pub counts: Vec<u64>,
+    pub report: Report,
+    /// The data of each tensor afterwards.
+    pub tensors: Vec<Vec<u8>>,
+}
+
+/// The program, built for one sanitizer or none.
+pub struct Runner {
+    program: PathBuf,
+}
+
+impl Runner {
+    /// With the sanitizer that the environment asks for. None, with the reason printed, where it cannot be built.
+    pub fn from_env() -> Option<Runner> {
+        Runner::new(&env::var("GRADCLIP_HOST_SANITIZER").unwrap_or_default())
+    }
+
+    /// `sanitizer` is what follows -fsanitize=, or nothing.
+    pub fn new(sanitizer: &str) -> Option<Runner> {
+        let Some(compiler) = toolchain::compiler() else {
+            toolchain::skip("no C++ compiler was found ($CXX, c++, g++, clang++)");
+            return None;
+        };
+        let sanitize = format!("-fsanitize={sanitizer}");
+        let mut flags = vec!["-O2", "-g"];
+        if !sanitizer.is_empty() {
+            let more = ["-fno-omit-frame-pointer", "-fno-sanitize-recover=all"];
+            flags = vec!["-O1", "-g", sanitize.as_str()];
+            flags.extend(more);
+            if !compiler.links(&flags) {
+                toolchain::skip(&format!("the C++ compiler cannot link with {sanitize}"));
+                return None;
+            }
+        }
+        let program = compiler
+            .build(&Build {
+                file_name: "runner",
+                sources: &[
+                    "runner.cpp",
+                    "kernels.cpp",
+                    "toy_kernels.cpp",
+                    "host_kernels.cpp",
+                    "block.cpp",
+                    "fibers.cpp",
+                ],
+                compile_flags: &flags,
+                link_flags: &[],
+            })
+            .expect("the kernels build as a program");
+        Some(Runner { program })
+    }
+
+    /// Runs all the cases in one process. Panics with its messages when the program or a sanitizer complains.
+    pub fn run(&self, cases: &[Case]) -> Vec<Outcome> {
+        self.try_run(cases).expect("the kernels run cleanly")
+    }
+
+    fn try_run(&self, cases: &[Case]) -> Result<Vec<Outcome>> {
+        let file = CaseFile::write(cases)?;
+        let output = self.command(&[file.path.clone().into()])?;
+        let messages = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success() && messages.is_empty(),
+            "{} with {}:\n{messages}",
+            self.program.display(),
+            output.status
+        );
+        let mut bytes = Bytes(&output.stdout);
+        let outcomes = cases.iter().map(|case| bytes.outcome(case)).collect::<Result<_>>()?;
+        ensure!(bytes.0.is_empty(), "{} bytes too many", bytes.0.len());
+        Ok(outcomes)
+    }
+
+    /// Runs one of the toy kernels, right or wrong, and gives back what came of it.
+    pub fn run_toy(&self, name: &str) -> Output {
+        self.command(&["--toy".into(), name.into()]).expect("the program starts")
+    }
+
+    fn command(&self, arguments: &[OsString]) -> Result<Output> {
+        let mut command = Command::new(&self.program);
+        // A report is an error by its exit code too, and the same whatever the caller has set.
+        command.args(arguments).env("TSAN_OPTIONS", "exitcode=66").env("ASAN_OPTIONS", "exitcode=65");
+        command.output().with_context(|| format!("running {}", self.program.display()))
+    }
+}
+
+/// Removed when dropped.
+struct CaseFile {
+    path: PathBuf,
+}
+
+impl CaseFile {
+    fn write(cases: &[Case]) -> Result<CaseFile> {
+        static UNIQUE: AtomicUsize = AtomicUsize::new(0);
+        let unique = UNIQUE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("cases-{}-{unique}", std::process::id());
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let mut bytes = u32::try_from(cases.len())?.to_le_bytes().to_vec();
+        for case in cases {
+            case.encode(&mut bytes)?;
+        }
+        fs::write(&path, bytes)?;
+        Ok(CaseFile { path })
+    }
+}
+
+impl Drop for CaseFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Case {
+    /// As `CaseHeader` in tests/double/runner.cpp, then the tensors.
+    fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
+        let header = [
+            matches!(self.operation, Operation::Clamp { .. }).into(),
+            self.table_in_memory.into(),
+            self.with_scales.into(),
+            self.blocks,
+            self.reversed.into(),
+            u32::try_from(self.tensors.len())?,
+        ];
+        out.extend(header.iter().flat_map(|word| word.to_le_bytes()));
+        let (clip, bounds) = match self.operation {
+            Operation::ClipNorm { max_norm, eps, norm_type, nonfinite } => {
+                ((max_norm, eps, norm_type, nonfinite), Default::default())
+            }
+            Operation::Clamp { f64, f32, f16, bf16 } => {
+                (Default::default(), (f64, [f32, f16, bf16]))
+            }
+        };
+        let (max_norm, eps, norm_type, nonfinite): (f64, f64, u32, u32) = clip;
+        let (doubles, floats): ([f64; 2], [[f32; 2]; 3]) = bounds;
+        out.extend([max_norm, eps].iter().flat_map(|x| x.to_le_bytes()));
+        out.extend([norm_type, nonfinite].iter().flat_map(|x| x.to_le_bytes()));
+        out.extend(doubles.iter().flat_map(|x| x.to_le_bytes()));
+        out.extend(floats.iter().flatten().flat_map(|x| x.to_le_bytes()));
+        for tensor in &self.tensors {
+            ensure!(tensor.data.len() % tensor.dtype.size() == 0, "a part of an element");
+            let numel = (tensor.data.len() / tensor.dtype.size()) as u64;
+            out.extend((tensor.dtype as u32).to_le_bytes());
+            out.extend(tensor.misalign.to_le_bytes());
+            out.extend(numel.to_le_bytes());
+            out.extend(&tensor.data);
+        }
+        Ok(())
+    }
+}
+
+/// What is left of the program's output.
+struct Bytes<'a>(&'a [u8]);
+
+impl Bytes<'_> {
+    fn take(&mut self, count: usize) -> Result<&[u8]> {
+        let (head, tail) = self.0.split_at_checked(count).context("the output ends early")?;
+        self.0 = tail;
+        Ok(head)
+    }
+
+    fn words<const SIZE: usize, T>(&mut self, count: usize, from: fn([u8; SIZE]) -> T) -> Result<Vec<T>> {
+        let bytes = self.take(count * SIZE)?;
+        let word = |chunk: &[u8]| Ok(from(chunk.try_into()?));
+        bytes.chunks_exact(SIZE).map(word).collect()
+    }
+
+    fn word<const SIZE: usize, T>(&mut self, from: fn([u8; SIZE]) -> T) -> Result<T> {
+        Ok(from(self.take(SIZE)?.try_into()?))
+    }
+
+    fn report(&mut self) -> Result<Report> {
+        let mut slot = Bytes(self.take(REPORT_BYTES)?);
+        Ok(Report {
+            total_norm: slot.word(f64::from_le_bytes)?,
+            clip_coef: slot.word(f64::from_le_bytes)?,
+            first_bad_tile: slot.word(u64::from_le_bytes)?,
+            clipped_elements: slot.word(u64::from_le_bytes)?,
+            nan_elements: slot.word(u64::from_le_bytes)?,
+            coef_hi: slot.word(f32::from_le_bytes)?,
+            coef_lo: slot.word(f32::from_le_bytes)?,
+            action: slot.word(u32::from_le_bytes)?,
+        })
+    }
+
+    fn outcome(&mut self, case: &Case) -> Result<Outcome> {
+        let num_tiles = self.word(u32::from_le_bytes)? as usize;
+        Ok(Outcome {
+            sums: self.words(num_tiles, f64::from_le_bytes)?,
+            scales: self.words(num_tiles, i32::from_le_bytes)?,
+            counts: self.words(num_tiles, u64::from_le_bytes)?,
+            report: self.report()?,
+            tensors: case
+                .tensors
+                .iter()
+                .map(|tensor| Ok(self.take(tensor.data.len())?.to_vec()))
+                .collect::<Result<_>>()?,
+        })
+    }
+}
