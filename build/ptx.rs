@@ -22,7 +22,8 @@ const NUMERICS: [&str; 4] = ["--fmad=false", "--ftz=false", "--prec-div=true", "
 /// nvcc reads these itself.
 const NVCC_READS: [&str; 3] = ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"];
 
-const HOW_TO_CHOOSE: &str = "Set GRADCLIP_NVCC to another nvcc, NVCC_CCBIN to a host C++ compiler that this one takes, \
+const HOW_TO_CHOOSE: &str =
+    "Set GRADCLIP_NVCC to another nvcc, NVCC_CCBIN to a host C++ compiler that this one takes, \
      or GRADCLIP_PTX=snapshot to use the PTX that comes with the crate.";
 
 /// What [`embed`] did.
@@ -82,7 +83,9 @@ pub fn find_nvcc(usual_cuda: &Path, env: Env) -> Result<Option<PathBuf>> {
         let bare = Path::new(&value).components().count() == 1;
         let found = if bare { in_path(&value.to_string_lossy(), env) } else { Some(PathBuf::from(&value)) };
         let nvcc = found.filter(|path| path.is_file());
-        return nvcc.map(|path| Some(real_path(path))).with_context(|| format!("{variable} is {value:?}: no such file"));
+        return nvcc
+            .map(|path| Some(real_path(path)))
+            .with_context(|| format!("{variable} is {value:?}: no such file"));
     }
     let folders = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"].into_iter().filter_map(env).map(PathBuf::from);
     let installed = folders.chain([usual_cuda.to_path_buf()]).map(|folder| folder.join("bin"));
@@ -153,7 +156,9 @@ fn virtual_arch(env: Env) -> Result<u32> {
     let text = value.to_string_lossy();
     let digits = text.trim_start_matches("compute_").trim_start_matches("sm_");
     digits.parse().ok().filter(|&arch| arch >= VIRTUAL_ARCH).with_context(|| {
-        format!("GRADCLIP_CUDA_ARCH is {value:?}; it names one architecture from compute_{VIRTUAL_ARCH} on, as compute_90")
+        format!(
+            "GRADCLIP_CUDA_ARCH is {value:?}; it names one architecture from compute_{VIRTUAL_ARCH} on, as compute_90"
+        )
     })
 }
 

@@ -22,6 +22,11 @@ constexpr u32 kTileBytes = kSegmentsPerTile * kSegmentBytes;
 constexpr u32 kTileThreads = kSegmentsPerTile * kWarpThreads;  // block size of the kernels that walk tiles
 constexpr u32 kFoldThreads = 1024;                             // block size of the kernels that fold partials
 
+// Resident blocks that the compiler leaves registers for: 4 x 256 threads with 8 packs each are 128 KiB in flight. Left
+// to itself ptxas saves registers instead and spreads the loads among the additions (scripts/ptxas.py checks that it
+// does not). Not yet tuned on a GPU.
+constexpr u32 kBlocksPerMultiprocessor = 4;
+
 enum Dtype : u32 { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
 enum NormType : u32 { kL1 = 0, kL2 = 1, kInf = 2 };
 enum NonFinite : u32 { kSkip = 0, kZero = 1, kPropagate = 2 };

@@ -81,7 +81,7 @@ __device__ __forceinline__ void clamp_tiles(const TensorTable& table, u32 num_ti
 
 }  // namespace gradclip
 
-extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads)
+extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)
     clamp(const gradclip::TensorTable table, gradclip::u32 num_tiles, gradclip::ClampBounds bounds,
           gradclip::u64* counts) {
   gradclip::clamp_tiles(table, num_tiles, bounds, counts);

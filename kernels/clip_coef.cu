@@ -19,10 +19,10 @@ __device__ __forceinline__ void decide(const ClipParams& params, double total_no
       action = kScale;
     }
   } else if (params.nonfinite == kZero) {
-    clip_coef = 0.0;
+    clip_coef = f64_from_bits(0);
     action = kClear;
   } else if (params.nonfinite == kPropagate && is_finite(params.max_norm)) {
-    clip_coef = is_nan(total_norm) ? f64_from_bits(kNaN64) : 0.0;
+    clip_coef = is_nan(total_norm) ? f64_from_bits(kNaN64) : f64_from_bits(0);
     action = kPoison;
   }
   report->total_norm = total_norm;

@@ -222,7 +222,7 @@ __device__ __forceinline__ void norm_partials(const TensorTable& table, u32 num_
 }  // namespace gradclip
 
 #define GRADCLIP_NORM_PARTIALS(symbol, norm)                                                                  \
-  extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads)                                        \
+  extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)                                        \
       symbol(const gradclip::TensorTable table, gradclip::u32 num_tiles, double* sums, int* scales) {         \
     gradclip::norm_partials<gradclip::norm>(table, num_tiles, sums, scales);                                  \
   }

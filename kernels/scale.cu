@@ -63,7 +63,7 @@ __device__ __forceinline__ void scale_tile(const TensorDesc& desc, u32 tile, con
 
 }  // namespace gradclip
 
-extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads)
+extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)
     scale(const gradclip::TensorTable table, gradclip::u32 num_tiles, const gradclip::ReportSlot* report) {
   using namespace gradclip;
   const ReportSlot decided = *report;

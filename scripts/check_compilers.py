@@ -46,7 +46,8 @@ def check_nvcc(tools, venvs):
     if build.returncode != 0:
         fail("the crate does not build with nvcc from packages; cargo's messages are above")
     messages = [json.loads(line) for line in build.stdout.splitlines() if line.startswith("{")]
-    out_dirs = [m["out_dir"] for m in messages if m["reason"] == "build-script-executed" and "gradclip" in m["package_id"]]
+    ran = [m for m in messages if m["reason"] == "build-script-executed"]
+    out_dirs = [m["out_dir"] for m in ran if re.search(r"\bgradclip(?![-\w])", m["package_id"])]
     if len(out_dirs) != 1:
         fail(f"cargo names {len(out_dirs)} output folders of build.rs, not 1")
     generated = (Path(out_dirs[0]) / "ptx.rs").read_text()

@@ -15,7 +15,6 @@ import argparse
 import csv
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -138,8 +137,10 @@ def assemble(tools, stem, path, target, folder):
         if compiling:
             kernel = compiling[1]
         elif "bytes stack frame" in line:
-            spills += [f"{kernel} on {target}: {size} bytes {what}"
-                       for what in ("stack frame", "spill stores", "spill loads") if (size := number(rf"(\d+) bytes {what}"))]
+            for what in ("stack frame", "spill stores", "spill loads"):
+                size = number(rf"(\d+) bytes {what}")
+                if size:
+                    spills.append(f"{kernel} on {target}: {size} bytes {what}")
         elif "Used" in line and " registers" in line:
             usages[kernel] = Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), in_flight[kernel])
     return usages, spills
@@ -211,7 +212,7 @@ def main():
         changed = [f"- {','.join(r)}" for r in committed if r not in now] + [
             f"+ {','.join(r)}" for r in now if r not in committed]
         if changed:
-            defects.append("registers.csv differs; look whether the change is wanted, then scripts/ptxas.py --write\n    "
+            defects.append("registers.csv differs; if the change is wanted, run scripts/ptxas.py --write\n    "
                            + "\n    ".join(changed))
     if defects:
         fail(f"{len(defects)} defect(s)\n  " + "\n  ".join(defects))

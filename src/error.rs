@@ -98,7 +98,9 @@ pub enum Error {
         got: String,
     },
     /// No CUDA driver could be loaded.
-    #[error("no CUDA driver: none of {tried} could be loaded ({reason}). Install the NVIDIA driver, or use the CPU path")]
+    #[error(
+        "no CUDA driver: none of {tried} could be loaded ({reason}). Install the NVIDIA driver, or use the CPU path"
+    )]
     DriverMissing {
         /// Library names tried.
         tried: &'static str,
@@ -136,7 +138,9 @@ pub enum Error {
         bytes: usize,
     },
     /// The call would have to allocate or copy during stream capture. Make the same call once before the capture.
-    #[error("{what} is not ready, and nothing can be prepared during stream capture; make the same call once before it")]
+    #[error(
+        "{what} is not ready, and nothing can be prepared during stream capture; make the same call once before it"
+    )]
     CaptureNeedsWarmup {
         /// What would have to be prepared.
         what: &'static str,

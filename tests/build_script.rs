@@ -157,7 +157,10 @@ fn without_nvcc_the_snapshot_is_embedded() -> Result<()> {
 fn snapshot_of_other_sources_is_refused() -> Result<()> {
     let bench = Bench::new("stale")?;
     bench.change_a_kernel()?;
-    contains(&bench.refusal(), &["prebuilt/clamp.ptx was not made from the sources", "scripts/ptx.py", "GRADCLIP_NVCC"]);
+    contains(
+        &bench.refusal(),
+        &["prebuilt/clamp.ptx was not made from the sources", "scripts/ptx.py", "GRADCLIP_NVCC"],
+    );
     fs::remove_file(bench.kernels().join("prebuilt/clamp.ptx"))?;
     contains(&bench.refusal(), &["no PTX snapshot of kernels/clamp.cu", "scripts/ptx.py"]);
     Ok(())
@@ -275,15 +278,18 @@ fn failing_nvcc_says_why_and_what_to_do() -> Result<()> {
         "[ \"$1\" = --version ] && echo 'release 99.1, V99.1.5' && exit\necho 'unsupported GNU version' >&2\nexit 1",
     )?;
     let path = nvcc.canonicalize()?;
-    contains(&bench.refusal(), &[
-        "compiling kernels/clamp.cu",
-        "unsupported GNU version",
-        &path.to_string_lossy(),
-        "exit status: 1",
-        "GRADCLIP_NVCC",
-        "NVCC_CCBIN",
-        "GRADCLIP_PTX=snapshot",
-    ]);
+    contains(
+        &bench.refusal(),
+        &[
+            "compiling kernels/clamp.cu",
+            "unsupported GNU version",
+            &path.to_string_lossy(),
+            "exit status: 1",
+            "GRADCLIP_NVCC",
+            "NVCC_CCBIN",
+            "GRADCLIP_PTX=snapshot",
+        ],
+    );
     bench.program("cuda/bin/nvcc", "echo broken >&2; exit 1")?;
     contains(&bench.refusal(), &["failed (exit status: 1)", "broken"]);
     Ok(())

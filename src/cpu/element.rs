@@ -48,7 +48,11 @@ impl CpuElement for f32 {
     }
     #[inline(always)]
     fn from_wide(x: f64) -> Self {
-        if x.is_nan() { Self::from_bits(0x7fc0_0000) } else { x as f32 }
+        if x.is_nan() {
+            Self::from_bits(0x7fc0_0000)
+        } else {
+            x as f32
+        }
     }
     #[inline(always)]
     fn magnitude_bits(self) -> u64 {
@@ -72,7 +76,11 @@ impl CpuElement for f64 {
     }
     #[inline(always)]
     fn from_wide(x: f64) -> Self {
-        if x.is_nan() { CANONICAL_NAN } else { x }
+        if x.is_nan() {
+            CANONICAL_NAN
+        } else {
+            x
+        }
     }
     #[inline(always)]
     fn magnitude_bits(self) -> u64 {
@@ -96,7 +104,11 @@ impl CpuElement for f16 {
     }
     #[inline(always)]
     fn from_wide(x: f64) -> Self {
-        if x.is_nan() { Self::from_bits(0x7e00) } else { f16_from_f32(x as f32) }
+        if x.is_nan() {
+            Self::from_bits(0x7e00)
+        } else {
+            f16_from_f32(x as f32)
+        }
     }
     #[inline(always)]
     fn magnitude_bits(self) -> u64 {
@@ -120,7 +132,11 @@ impl CpuElement for bf16 {
     }
     #[inline(always)]
     fn from_wide(x: f64) -> Self {
-        if x.is_nan() { Self::from_bits(0x7fc0) } else { bf16_from_f32(x as f32) }
+        if x.is_nan() {
+            Self::from_bits(0x7fc0)
+        } else {
+            bf16_from_f32(x as f32)
+        }
     }
     #[inline(always)]
     fn magnitude_bits(self) -> u64 {

@@ -36,7 +36,9 @@ impl Isa {
     pub(crate) fn available() -> &'static [Self] {
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         {
-            if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
+            if !(is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c"))
             {
                 return &[Self::Baseline];
             }

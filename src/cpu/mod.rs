@@ -123,8 +123,7 @@ pub(crate) fn measure(grads: &[Grad<'_>], clip: &ClipNorm) -> Result<(NormReport
         return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
     }
     let verdict = decide(clip, total_norm);
-    let report =
-        NormReport { total_norm, clip_coef: verdict.clip_coef, written: verdict.written(), first_nonfinite };
+    let report = NormReport { total_norm, clip_coef: verdict.clip_coef, written: verdict.written(), first_nonfinite };
     Ok((report, verdict))
 }
 

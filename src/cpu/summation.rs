@@ -89,7 +89,11 @@ impl FastSum for bf16 {
 /// x^2 or |x|.
 #[inline(always)]
 fn term_f32<const L2: bool>(x: f32) -> f32 {
-    if L2 { x * x } else { x.abs() }
+    if L2 {
+        x * x
+    } else {
+        x.abs()
+    }
 }
 
 /// Knuth's TwoSum: `a + b == sum + error`, exactly.

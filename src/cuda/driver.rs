@@ -148,7 +148,8 @@ impl CurrentContext {
 
 impl Drop for CurrentContext {
     fn drop(&mut self) {
-        let unchanged = matches!(result::ctx::get_current(), Ok(now) if now.unwrap_or(std::ptr::null_mut()) == self.saved);
+        let unchanged =
+            matches!(result::ctx::get_current(), Ok(now) if now.unwrap_or(std::ptr::null_mut()) == self.saved);
         if !unchanged {
             // SAFETY: the handle was current when it was read; its owner is the caller, who is still running. A driver
             // that refuses leaves another context current, which there is no one to tell.

@@ -94,7 +94,11 @@ impl Workspace {
 
     /// One i32 for each tile; null if `plan` needs none.
     pub(crate) fn scales(&self, plan: &Plan) -> u64 {
-        if plan.has_f64() { self.scales.address() } else { 0 }
+        if plan.has_f64() {
+            self.scales.address()
+        } else {
+            0
+        }
     }
 
     /// Device memory in use.
@@ -133,11 +137,7 @@ impl Workspace {
 }
 
 /// A staging buffer that no copy reads from any more.
-fn free_staging<'a>(
-    all: &'a mut Vec<Staging>,
-    stream: &Arc<CudaStream>,
-    bytes: usize,
-) -> Result<&'a mut Staging> {
+fn free_staging<'a>(all: &'a mut Vec<Staging>, stream: &Arc<CudaStream>, bytes: usize) -> Result<&'a mut Staging> {
     let free = |staging: &Staging| staging.host.bytes() >= bytes && staging.copied.is_complete();
     let index = match all.iter().position(free) {
         Some(index) => index,
@@ -150,6 +150,15 @@ fn free_staging<'a>(
         }
     };
     Ok(&mut all[index])
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if !self.copied.is_complete() {
+            // The driver may not wait for a copy before it frees the memory that it reads.
+            let _ = self.copied.synchronize();
+        }
+    }
 }
 
 impl Buffer {

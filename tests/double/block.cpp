@@ -44,6 +44,18 @@ struct Warp {
   uint32_t values[2][kWarp];  // two sets: a lane may enter the next shuffle while another has yet to read this one
 };
 
+// The fibers of a block. Making one is expensive under the thread sanitizer, so they are kept; neighbouring blocks have
+// different crews there, because what one fiber does is always in order and two blocks are not.
+struct Crew {
+  Fiber fibers[kMaxThreads];
+  StackRoom* stacks = nullptr;
+};
+#if defined(GRADCLIP_TSAN)
+constexpr uint32_t kCrews = 2;
+#else
+constexpr uint32_t kCrews = 1;
+#endif
+
 struct SharedArray {
   const void* declaration;
   char* memory;
@@ -52,12 +64,13 @@ struct SharedArray {
 
 struct Block {
   Fiber scheduler;
-  Fiber fibers[kMaxThreads];
+  Crew crews[kCrews];
+  Crew* crew;
+  Fiber* fibers;  // of the crew
   Warp warps[kMaxWarps];
-  StackRoom* stacks = nullptr;  // a bare pointer: unique_ptr's own code would be seen by the thread sanitizer
   uint32_t threads, num_warps, at_barrier, done;
   uint32_t barriers;  // completed
-  char barrier_clock[2], launch_clock;  // addresses the thread sanitizer hangs happens-before on
+  char barrier_clock[2], begin_clock, end_clock;  // addresses the thread sanitizer hangs happens-before on
   const Grid* grid;
   char* shared = nullptr;
   size_t shared_used, shared_bytes;
@@ -136,12 +149,15 @@ GRADCLIP_HARDWARE void leave(uint32_t thread, bool for_good) {
   }
 }
 
-GRADCLIP_HARDWARE void thread_begins() { arrive_in_new_fiber(block.scheduler); }
+GRADCLIP_HARDWARE void thread_begins() {
+  arrive_in_new_fiber(block.scheduler);
+  acquire(&block.begin_clock);
+}
 
 [[noreturn]] GRADCLIP_HARDWARE void thread_ends() {
   const uint32_t thread = place.thread;
-  release(&block.launch_clock);
-  if (block.stacks->overflowed(thread)) die("the stack of %zu bytes overflowed", block.stacks->stack_size());
+  release(&block.end_clock);
+  if (block.crew->stacks->overflowed(thread)) die("the stack of %zu bytes overflowed", kStackBytes);
   Warp& warp = block.warps[thread / kWarp];
   warp.ready &= ~(1u << thread % kWarp);
   warp.done |= 1u << thread % kWarp;
@@ -156,22 +172,29 @@ GRADCLIP_HARDWARE void thread_entry() {
   thread_ends();
 }
 
+GRADCLIP_HARDWARE void choose_crew(uint32_t index) {
+  Crew& crew = block.crews[index % kCrews];
+  if (!crew.stacks || crew.stacks->count() < block.threads) {
+    delete crew.stacks;
+    crew.stacks = new StackRoom(block.threads, kStackBytes);
+  }
+  block.crew = &crew;
+  block.fibers = crew.fibers;
+  for (uint32_t t = 0; t < block.threads; ++t) {
+    prepare_fiber(crew.fibers[t], crew.stacks->stack(t), kStackBytes, thread_entry);
+#if defined(GRADCLIP_TSAN)
+    if (!crew.fibers[t].tsan) crew.fibers[t].tsan = __tsan_create_fiber(0);
+#endif
+  }
+}
+
 // The thread sanitizer remembers accesses by address. Memory that one block after the other uses must look new to each,
 // or two blocks would seem to race for it: so it is mapped anew.
-GRADCLIP_HARDWARE void renew_memory() {
+GRADCLIP_HARDWARE void renew_shared_memory() {
 #if defined(GRADCLIP_TSAN)
-  const bool renew = true;
-#else
-  const bool renew = false;
+  if (block.shared) munmap(block.shared, kSharedRoom);
+  block.shared = nullptr;
 #endif
-  if (renew || !block.stacks || block.stacks->count() < block.threads) {
-    delete block.stacks;
-    block.stacks = new StackRoom(block.threads, kStackBytes);
-  }
-  if (renew && block.shared) {
-    munmap(block.shared, kSharedRoom);
-    block.shared = nullptr;
-  }
   if (!block.shared) {
     void* memory = mmap(nullptr, kSharedRoom, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) die("no memory for shared arrays");
@@ -186,18 +209,14 @@ GRADCLIP_HARDWARE void renew_memory() {
 GRADCLIP_HARDWARE void run_block(uint32_t index) {
   const Grid& grid = *block.grid;
   place.block = index;
-  renew_memory();
+  renew_shared_memory();
+  choose_crew(index);
+  release(&block.begin_clock);  // the scheduler has acquired nothing of other blocks: this orders no two of them
   block.at_barrier = block.done = block.barriers = 0;
   for (uint32_t w = 0; w < block.num_warps; ++w) {
     Warp& warp = block.warps[w];
     warp.ready = all_lanes(w);
     warp.in_shuffle = warp.at_barrier = warp.done = warp.round = 0;
-  }
-  for (uint32_t t = 0; t < block.threads; ++t) {
-    prepare_fiber(block.fibers[t], block.stacks->stack(t), block.stacks->stack_size(), thread_entry);
-#if defined(GRADCLIP_TSAN)
-    block.fibers[t].tsan = __tsan_create_fiber(0);
-#endif
   }
   while (block.done < block.threads) {
     bool any_ran = false;
@@ -217,9 +236,6 @@ GRADCLIP_HARDWARE void run_block(uint32_t index) {
           block.threads, block.done);
     }
   }
-#if defined(GRADCLIP_TSAN)
-  for (uint32_t t = 0; t < block.threads; ++t) __tsan_destroy_fiber(block.fibers[t].tsan);
-#endif
 }
 
 }  // namespace
@@ -232,7 +248,7 @@ GRADCLIP_HARDWARE void run_grid(const Grid& grid) {
   block.num_warps = (grid.threads + kWarp - 1) / kWarp;
   adopt_this_thread(block.scheduler);
   for (uint32_t b = 0; b < grid.blocks; ++b) run_block(grid.order.reversed_blocks ? grid.blocks - 1 - b : b);
-  acquire(&block.launch_clock);
+  acquire(&block.end_clock);
   block.grid = nullptr;
 }
 

@@ -13,7 +13,8 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-#if defined(__x86_64__) || defined(__aarch64__)
+#if (defined(__x86_64__) || defined(__aarch64__)) && !defined(GRADCLIP_FIBERS_BY_UCONTEXT)
+#define GRADCLIP_FIBERS_BY_ASSEMBLY 1
 // Stores the callee-saved registers on the old stack and takes them from the new one. The jump instead of a return
 // keeps the processor's return predictor out of it.
 extern "C" void gradclip_switch_stack(void** old_stack_pointer, void* new_stack_pointer);
@@ -21,7 +22,8 @@ extern "C" void gradclip_switch_stack(void** old_stack_pointer, void* new_stack_
 #include <ucontext.h>
 #endif
 
-#if defined(__x86_64__)
+#if !defined(GRADCLIP_FIBERS_BY_ASSEMBLY)
+#elif defined(__x86_64__)
 __asm__(
     ".text\n"
     ".p2align 4\n"
@@ -67,7 +69,15 @@ GRADCLIP_HARDWARE void prepare_fiber(Fiber& fiber, char* stack, size_t stack_siz
   fiber.stack = stack;
   fiber.stack_size = stack_size;
   fiber.fake_stack = nullptr;
-#if defined(__x86_64__)
+#if !defined(GRADCLIP_FIBERS_BY_ASSEMBLY)
+  if (!fiber.context) fiber.context = new ucontext_t;
+  ucontext_t* context = static_cast<ucontext_t*>(fiber.context);
+  getcontext(context);
+  context->uc_stack.ss_sp = stack;
+  context->uc_stack.ss_size = stack_size;
+  context->uc_link = nullptr;
+  makecontext(context, entry, 0);
+#elif defined(__x86_64__)
   // Six registers, the address to jump to, and a return address that nobody uses: on entry the stack pointer is 8 bytes
   // off a multiple of 16, as after a call.
   void** top = reinterpret_cast<void**>(stack + stack_size) - 8;
@@ -79,14 +89,6 @@ GRADCLIP_HARDWARE void prepare_fiber(Fiber& fiber, char* stack, size_t stack_siz
   for (int i = 0; i < 20; ++i) top[i] = nullptr;
   top[11] = reinterpret_cast<void*>(entry);
   fiber.stack_pointer = top;
-#else
-  if (!fiber.context) fiber.context = new ucontext_t;
-  ucontext_t* context = static_cast<ucontext_t*>(fiber.context);
-  getcontext(context);
-  context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = stack_size;
-  context->uc_link = nullptr;
-  makecontext(context, entry, 0);
 #endif
 }
 
@@ -98,7 +100,7 @@ GRADCLIP_HARDWARE void switch_fiber(Fiber& from, Fiber& to, bool for_good) {
   __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
   (void)for_good;
-#if defined(__x86_64__) || defined(__aarch64__)
+#if defined(GRADCLIP_FIBERS_BY_ASSEMBLY)
   gradclip_switch_stack(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(static_cast<ucontext_t*>(from.context), static_cast<ucontext_t*>(to.context));
@@ -128,7 +130,7 @@ GRADCLIP_HARDWARE void adopt_this_thread(Fiber& fiber) {
 #if defined(GRADCLIP_TSAN)
   fiber.tsan = __tsan_get_current_fiber();
 #endif
-#if !defined(__x86_64__) && !defined(__aarch64__)
+#if !defined(GRADCLIP_FIBERS_BY_ASSEMBLY)
   if (!fiber.context) fiber.context = new ucontext_t;
 #endif
 }

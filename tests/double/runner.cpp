@@ -224,8 +224,9 @@ int run_toy(const std::string& name) {
   if (name == "block_sums" || name == "missing_barrier") {
     Arguments(("toy_" + name).c_str()).add(values.get()).add(kCount).add(sums.get()).run(kBlocks, Order());
     std::printf("%g %g %g\n", sums[0], sums[1], sums[2]);
-  } else if (name == "same_slot" || name == "unwritten_shared" || name == "divergent_shuffle") {
-    Arguments(("toy_" + name).c_str()).add(words.get()).run(name == "same_slot" ? kBlocks : 1, Order());
+  } else if (name == "same_slot" || name == "block_race" || name == "unwritten_shared" || name == "shared_past_end" ||
+             name == "divergent_shuffle") {
+    Arguments(("toy_" + name).c_str()).add(words.get()).run(name == "block_race" ? kBlocks : 1, Order());
     std::printf("%#x\n", words[0]);
   } else if (name == "divergent_barrier") {
     Arguments("toy_divergent_barrier").run(1, Order());

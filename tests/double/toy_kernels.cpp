@@ -48,6 +48,11 @@ extern "C" __global__ void toy_missing_barrier(const double* values, u32 count, 
 // Every thread writes where the others do, in any block.
 extern "C" __global__ void toy_same_slot(u32* out) { *out = gradclip::thread_index(); }
 
+// One thread of each block, and all blocks write the same place.
+extern "C" __global__ void toy_block_race(u32* out) {
+  if (gradclip::thread_index() == 0) *out = gradclip::block_index();
+}
+
 extern "C" __global__ void toy_divergent_shuffle(u32* out) {
   if (gradclip::thread_index() % 2 == 0) out[0] = gradclip::shfl_xor(1u, 1u);
 }
@@ -68,6 +73,15 @@ extern "C" __global__ void toy_unwritten_shared(u32* out) {
   if (gradclip::thread_index() < 4) out[gradclip::thread_index()] = words[gradclip::thread_index()];
 }
 
+// One element past an array in shared memory, with another array after it.
+extern "C" __global__ void toy_shared_past_end(u32* out) {
+  GRADCLIP_SHARED_ARRAY(u32, words, 4);
+  GRADCLIP_SHARED_ARRAY(u32, others, 4);
+  if (gradclip::thread_index() == 0) others[0] = 1;
+  volatile u32 past_end = 4;
+  if (gradclip::thread_index() == 0) *out = static_cast<const u32*>(words)[past_end];
+}
+
 #define TOY_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kToyThreads)
 
 namespace gradclip {
@@ -78,10 +92,12 @@ const HostKernel toy_kernels[] = {
     TOY_KERNEL(toy_block_sums),
     TOY_KERNEL(toy_missing_barrier),
     TOY_KERNEL(toy_same_slot),
+    TOY_KERNEL(toy_block_race),
     TOY_KERNEL(toy_divergent_shuffle),
     TOY_KERNEL(toy_divergent_barrier),
     TOY_KERNEL(toy_copy_packs),
     TOY_KERNEL(toy_unwritten_shared),
+    TOY_KERNEL(toy_shared_past_end),
     {},
 };
 

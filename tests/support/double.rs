@@ -57,61 +57,49 @@ pub struct Double {
 
 /// The double, reset. None, with the reason printed, where it cannot be built.
 pub fn lock() -> Option<Double> {
+    lock_without(&[])
+}
+
+/// The double without some of its symbols, as an old driver lacks them. A process has one driver: all its tests have to
+/// ask for the same.
+pub fn lock_without(symbols: &'static [&'static str]) -> Option<Double> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     // A test that failed has poisoned the lock; the reset below undoes whatever it left.
     let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let library = library()?;
-    let double = Double {
-        library,
-        _one_at_a_time: guard,
-    };
+    let library = library(symbols)?;
+    let double = Double { library, _one_at_a_time: guard };
     double.reset();
     Some(double)
 }
 
-fn library() -> Option<&'static Library> {
-    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
-    LIBRARY
-        .get_or_init(|| {
-            if !cfg!(target_os = "linux") {
-                toolchain::skip("the driver double needs Linux");
-                return None;
-            }
-            let Some(compiler) = toolchain::compiler() else {
-                toolchain::skip("no C++ compiler was found ($CXX, c++, g++, clang++)");
-                return None;
-            };
-            Some(load(compiler).expect("the driver double builds and loads"))
-        })
-        .as_ref()
+fn library(without: &'static [&'static str]) -> Option<&'static Library> {
+    static LIBRARY: OnceLock<(&[&str], Option<Library>)> = OnceLock::new();
+    let (built_without, library) = LIBRARY.get_or_init(|| (without, find(without)));
+    assert_eq!(*built_without, without, "the driver of this process was loaded before, with other symbols left out");
+    library.as_ref()
 }
 
-fn load(compiler: &Compiler) -> Result<Library> {
+fn find(without: &[&str]) -> Option<Library> {
+    if !cfg!(target_os = "linux") {
+        toolchain::skip("the driver double needs Linux");
+        return None;
+    }
+    let Some(compiler) = toolchain::compiler() else {
+        toolchain::skip("no C++ compiler was found ($CXX, c++, g++, clang++)");
+        return None;
+    };
+    Some(load(compiler, without).expect("the driver double builds and loads"))
+}
+
+fn load(compiler: &Compiler, without: &[&str]) -> Result<Library> {
     let flags = ["-O2", "-fPIC", "-fvisibility=hidden"];
     let soname = |name: &str| OsString::from(format!("-Wl,-soname,{name}"));
     let double = compiler.build(&Build {
         file_name: "libcuda.so",
-        sources: &[
-            "kernels.cpp",
-            "driver/modules.cpp",
-            "driver/streams.cpp",
-            "driver/control.cpp",
-            "driver/contexts.cpp",
-            "driver/memory.cpp",
-            "driver/allocation.cpp",
-            "driver/copies.cpp",
-            "driver/capture.cpp",
-            "driver/graphs.cpp",
-            "driver/events.cpp",
-            "driver/launches.cpp",
-            "driver/errors.cpp",
-            "toy_kernels.cpp",
-            "host_kernels.cpp",
-            "block.cpp",
-            "fibers.cpp",
-        ],
+        // The slowest first: they are compiled in parallel.
+        sources: &["libcuda.cpp", "kernels.cpp", "toy_kernels.cpp", "host_kernels.cpp", "block.cpp", "fibers.cpp"],
         compile_flags: &flags,
-        link_flags: &["-shared".into(), soname("libcuda.so")],
+        link_flags: &["-shared".into(), soname("libcuda.so"), toolchain::hide_symbols(without)?],
     })?;
     // Programs ask for libcuda.so or libcuda.so.1; the loader compares sonames. The second name is an empty library
     // that depends on the first, so a symbol looked up in it is found there.
@@ -119,12 +107,7 @@ fn load(compiler: &Compiler) -> Result<Library> {
         file_name: "libcuda.so.1",
         sources: &["driver/alias.cpp"],
         compile_flags: &flags,
-        link_flags: &[
-            "-shared".into(),
-            soname("libcuda.so.1"),
-            "-Wl,--no-as-needed".into(),
-            double.clone().into(),
-        ],
+        link_flags: &["-shared".into(), soname("libcuda.so.1"), "-Wl,--no-as-needed".into(), double.clone().into()],
     })?;
     // SAFETY: our own libraries; their initialisers only fill tables.
     let library = unsafe { Library::open(Some(&double), RTLD_NOW | RTLD_GLOBAL) }
@@ -195,8 +178,7 @@ impl Double {
     /// The n-th call of the function of that name.
     pub fn fail_named(&self, name: &str, call_index: u64, code: c_int) {
         let name = CString::new(name).expect("a function name");
-        let function =
-            self.function::<unsafe extern "C" fn(*const c_char, u64, c_int)>("double_fail_named");
+        let function = self.function::<unsafe extern "C" fn(*const c_char, u64, c_int)>("double_fail_named");
         // SAFETY: see `function`; the name is copied.
         unsafe { function(name.as_ptr(), call_index, code) }
     }
@@ -225,8 +207,7 @@ impl Double {
 
     /// 9.0 after a reset.
     pub fn set_compute_capability(&self, major: i32, minor: i32) {
-        let function =
-            self.function::<unsafe extern "C" fn(c_int, c_int)>("double_set_compute_capability");
+        let function = self.function::<unsafe extern "C" fn(c_int, c_int)>("double_set_compute_capability");
         // SAFETY: see `function`.
         unsafe { function(major, minor) }
     }
@@ -287,9 +268,7 @@ impl Double {
         loop {
             let (mut symbol, mut threads, mut param_bytes) = (std::ptr::null(), 0, 0);
             // SAFETY: see `function`; the pointers are to locals.
-            let found = unsafe {
-                get(kernels.len() as u64, &mut symbol, &mut threads, &mut param_bytes)
-            };
+            let found = unsafe { get(kernels.len() as u64, &mut symbol, &mut threads, &mut param_bytes) };
             if found == 0 {
                 return kernels;
             }

@@ -42,19 +42,9 @@ pub struct Tensor {
 #[derive(Debug, Clone, Copy)]
 pub enum Operation {
     /// norm_partials, clip_coef, scale.
-    ClipNorm {
-        max_norm: f64,
-        eps: f64,
-        norm_type: u32,
-        nonfinite: u32,
-    },
+    ClipNorm { max_norm: f64, eps: f64, norm_type: u32, nonfinite: u32 },
     /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
-    Clamp {
-        f64: [f64; 2],
-        f32: [f32; 2],
-        f16: [f32; 2],
-        bf16: [f32; 2],
-    },
+    Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
 }
 
 #[derive(Debug, Clone)]
@@ -114,9 +104,7 @@ impl Runner {
         let sanitize = format!("-fsanitize={sanitizer}");
         let mut flags = vec!["-O2", "-g"];
         if !sanitizer.is_empty() {
-            let more = ["-fno-omit-frame-pointer", "-fno-sanitize-recover=all"];
-            flags = vec!["-O1", "-g", sanitize.as_str()];
-            flags.extend(more);
+            flags = vec!["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", &sanitize];
             if !compiler.links(&flags) {
                 toolchain::skip(&format!("the C++ compiler cannot link with {sanitize}"));
                 return None;
@@ -216,9 +204,7 @@ impl Case {
             Operation::ClipNorm { max_norm, eps, norm_type, nonfinite } => {
                 ((max_norm, eps, norm_type, nonfinite), Default::default())
             }
-            Operation::Clamp { f64, f32, f16, bf16 } => {
-                (Default::default(), (f64, [f32, f16, bf16]))
-            }
+            Operation::Clamp { f64, f32, f16, bf16 } => (Default::default(), (f64, [f32, f16, bf16])),
         };
         let (max_norm, eps, norm_type, nonfinite): (f64, f64, u32, u32) = clip;
         let (doubles, floats): ([f64; 2], [[f32; 2]; 3]) = bounds;

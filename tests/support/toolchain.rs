@@ -53,10 +53,7 @@ pub fn compiler() -> Option<&'static Compiler> {
     COMPILER
         .get_or_init(|| {
             let named = env::var_os("CXX").filter(|cxx| !cxx.is_empty());
-            named
-                .into_iter()
-                .chain(["c++", "g++", "clang++"].map(OsString::from))
-                .find_map(Compiler::probe)
+            named.into_iter().chain(["c++", "g++", "clang++"].map(OsString::from)).find_map(Compiler::probe)
         })
         .as_ref()
 }
@@ -64,28 +61,22 @@ pub fn compiler() -> Option<&'static Compiler> {
 impl Compiler {
     fn probe(path: OsString) -> Option<Compiler> {
         let output = Command::new(&path).arg("--version").output().ok()?;
-        output.status.success().then(|| Compiler {
-            path,
-            version: String::from_utf8_lossy(&output.stdout).into_owned(),
-        })
+        output
+            .status
+            .success()
+            .then(|| Compiler { path, version: String::from_utf8_lossy(&output.stdout).into_owned() })
     }
 
     /// Whether a program can be linked with these flags: not every installation has every sanitizer.
     pub fn links(&self, flags: &[&str]) -> bool {
-        let build = Build {
-            file_name: "probe",
-            sources: &["probe.cpp"],
-            compile_flags: flags,
-            link_flags: &[],
-        };
+        let build = Build { file_name: "probe", sources: &["probe.cpp"], compile_flags: flags, link_flags: &[] };
         self.build(&build).is_ok()
     }
 
     /// The file, built now or earlier. An error carries what the compiler printed.
     pub fn build(&self, build: &Build) -> Result<PathBuf> {
         let objects = self.compile_all(build)?;
-        let mut link_flags: Vec<OsString> =
-            build.compile_flags.iter().map(OsString::from).collect();
+        let mut link_flags: Vec<OsString> = build.compile_flags.iter().map(OsString::from).collect();
         link_flags.extend_from_slice(build.link_flags);
         let key = hash_of(&(&self.path, &self.version, &objects, &link_flags));
         let folder = cache_dir()?.join(format!("{key:016x}"));
@@ -117,11 +108,7 @@ impl Compiler {
                 });
             }
         });
-        objects
-            .into_inner()
-            .expect("no worker panics")
-            .into_values()
-            .collect()
+        objects.into_inner().expect("no worker panics").into_values().collect()
     }
 
     fn compile(&self, source: &str, flags: &[&str]) -> Result<PathBuf> {
@@ -143,9 +130,7 @@ impl Compiler {
     /// Runs the compiler with its output going to a file of its own, then moves that into place: another test binary
     /// sees the whole file or none.
     fn run_to(&self, output: &Path, arguments: impl FnOnce(&mut Command)) -> Result<()> {
-        static UNIQUE: AtomicUsize = AtomicUsize::new(0);
-        let unique = UNIQUE.fetch_add(1, Ordering::Relaxed);
-        let partial = output.with_extension(format!("{}-{unique}.partial", std::process::id()));
+        let partial = partial_name(output);
         let mut command = Command::new(&self.path);
         arguments(&mut command);
         let result = command.arg("-o").arg(&partial).output()?;
@@ -157,6 +142,34 @@ impl Compiler {
         fs::rename(&partial, output)?;
         Ok(())
     }
+}
+
+/// A linker flag under which a shared library does not export these symbols.
+pub fn hide_symbols(symbols: &[&str]) -> Result<OsString> {
+    let script = match symbols {
+        [] => "{ global: *; };".to_owned(),
+        _ => format!("{{ global: *; local: {}; }};", symbols.join("; ")),
+    };
+    let path = cache_dir()?.join(format!("exports-{:016x}.map", hash_of(&script)));
+    if !path.exists() {
+        write_whole(&path, script.as_bytes())?;
+    }
+    let mut flag = OsString::from("-Wl,--version-script=");
+    flag.push(path);
+    Ok(flag)
+}
+
+/// Another test binary sees the whole file or none.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let partial = partial_name(path);
+    fs::write(&partial, bytes)?;
+    fs::rename(partial, path)
+}
+
+fn partial_name(path: &Path) -> PathBuf {
+    static UNIQUE: AtomicUsize = AtomicUsize::new(0);
+    let unique = UNIQUE.fetch_add(1, Ordering::Relaxed);
+    path.with_extension(format!("{}-{unique}.partial", std::process::id()))
 }
 
 fn cache_dir() -> io::Result<PathBuf> {

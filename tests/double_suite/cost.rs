@@ -1,0 +1,169 @@
+//! The cost contract, counted: launches, copies, allocations, waits.
+
+use crate::suite::data::{tensor, Tensor};
+use crate::suite::device::OnDevice;
+use crate::support::double::{self, Double};
+use gradclip::cuda::{self, Clipper};
+use gradclip::{ClipNorm, ClipValue, Dtype, NormType};
+
+fn list_of(count: usize) -> Vec<Tensor> {
+    (0..count).map(|i| tensor(Dtype::F32, &[i as f64, 1.0, -2.0])).collect()
+}
+
+struct Bench<'a> {
+    double: &'a Double,
+    clipper: Clipper,
+}
+
+impl Bench<'_> {
+    /// Driver calls of each kind that `call` makes.
+    fn count<R>(&mut self, call: impl FnOnce(&mut Clipper) -> R) -> double::Counters {
+        self.double.reset_counters();
+        call(&mut self.clipper);
+        self.double.counters()
+    }
+}
+
+fn with_bench(body: impl FnOnce(Bench<'_>)) {
+    let Some(double) = double::lock() else { return };
+    let context = cuda::context(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let clipper = Clipper::new(&stream).unwrap();
+    body(Bench { double: &double, clipper });
+}
+
+/// Everything but launches must be zero in a repeated call.
+fn assert_only_launches(counters: &double::Counters, launches: u64, what: &str) {
+    let others = [
+        counters.htod_calls,
+        counters.dtoh_calls,
+        counters.dtod_calls,
+        counters.memset_calls,
+        counters.allocs,
+        counters.frees,
+        counters.pinned_allocs,
+        counters.syncs,
+        counters.module_loads,
+    ];
+    assert_eq!((counters.launches, others), (launches, [0; 9]), "{what}");
+}
+
+#[test]
+fn repeated_calls_only_launch() {
+    with_bench(|mut bench| {
+        for count in [1, 148, 160, 161, 3000, 18_867] {
+            let list = list_of(count);
+            let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+            device.with(&list, |grads| {
+                let first = bench.count(|clipper| clipper.clip_grad_norm(grads, 1.0).unwrap());
+                // The first call may allocate and copy the table, once; it never waits.
+                assert_eq!((first.launches, first.syncs, first.dtoh_calls), (3, 0, 0), "{count} tensors");
+                assert_eq!(first.htod_calls, u64::from(count > 160), "{count} tensors");
+                for (launches, name) in [(3, "norm"), (2, "value"), (2, "measure")] {
+                    let counters = bench.count(|clipper| match name {
+                        "norm" => drop(clipper.clip_grad_norm(grads, 1.0).unwrap()),
+                        "value" => drop(clipper.clip_grad_value(grads, 0.5).unwrap()),
+                        _ => drop(clipper.total_norm(grads, NormType::L1).unwrap()),
+                    });
+                    assert_only_launches(&counters, launches, &format!("{name}, {count} tensors"));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn an_empty_list_still_reports() {
+    with_bench(|mut bench| {
+        let none: &mut [cudarc::driver::CudaSlice<f32>] = &mut [];
+        let counters = bench.count(|clipper| {
+            let report = clipper.clip_grad_norm(none, 1.0).unwrap().wait().unwrap();
+            assert_eq!((report.total_norm, report.written), (0.0, false));
+            let report = clipper.clip_grad_value(none, ClipValue::new(1.0)).unwrap().wait().unwrap();
+            assert_eq!((report.clipped, report.written), (0, false));
+        });
+        assert_eq!(counters.launches, 2); // only the ones that make the report
+    });
+}
+
+#[test]
+fn reading_the_report_is_one_copy_and_one_wait() {
+    with_bench(|mut bench| {
+        let list = list_of(5);
+        let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+        let mut pending = None;
+        device.with(&list, |grads| pending = Some(bench.clipper.clip_grad_norm(grads, 1.0).unwrap()));
+        let counters = bench.count(|_| pending.unwrap().wait().unwrap());
+        assert_eq!((counters.launches, counters.dtoh_calls, counters.dtoh_bytes), (0, 1, 64));
+        // A copy to pageable memory waits too.
+        assert!(counters.syncs <= 2);
+    });
+}
+
+/// New addresses each step, as candle's gradients have: one copy of the table, from pinned memory, and no wait even if
+/// the GPU is many steps behind.
+#[test]
+fn new_addresses_cost_one_copy_and_no_wait() {
+    with_bench(|mut bench| {
+        bench.double.set_deferred(true);
+        let list = list_of(300);
+        let mut devices: Vec<OnDevice> =
+            (0..6).map(|_| OnDevice::upload(bench.clipper.stream(), &list)).collect();
+        let mut pending = Vec::new();
+        for step in 0..12 {
+            let device = &mut devices[step % 6];
+            device.with(&list, |grads| {
+                let counters = bench.count(|clipper| {
+                    pending.push(clipper.clip_grad_norm(grads, ClipNorm::new(10.0 / (step + 1) as f64)).unwrap());
+                });
+                assert_eq!((counters.launches, counters.htod_calls, counters.syncs), (3, 1, 0), "step {step}");
+                assert_eq!(counters.htod_bytes, 300 * 24);
+                if step > 0 {
+                    assert_eq!(counters.allocs, 0, "step {step}");
+                }
+            });
+        }
+        // Were a staging buffer reused while a copy from it is queued, a step would have clipped another step's list.
+        let norm = list.iter().flat_map(|tensor| tensor.values.to_f64()).map(|x| x * x).sum::<f64>().sqrt();
+        for (step, pending) in pending.iter().enumerate() {
+            let expected = if step < 6 { norm } else { 10.0 / (step - 5) as f64 };
+            let got = pending.wait().unwrap().total_norm;
+            assert!((got / expected - 1.0).abs() < 1e-6, "step {step}: {got}, expected {expected}");
+        }
+        // Once the copies have run, the buffers are free again.
+        let device = &mut devices[0];
+        device.with(&list, |grads| {
+            let counters = bench.count(|clipper| drop(clipper.clip_grad_norm(grads, 1.0).unwrap()));
+            assert_eq!((counters.pinned_allocs, counters.syncs), (0, 0));
+        });
+    });
+}
+
+#[test]
+fn the_current_context_is_left_alone() {
+    with_bench(|mut bench| {
+        use cudarc::driver::result::ctx;
+        let list = list_of(200);
+        let other = cuda::context(1).unwrap();
+        for current in [std::ptr::null_mut(), other.cu_ctx()] {
+            let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+            device.with(&list, |grads| {
+                // SAFETY: null, or a live context.
+                unsafe { ctx::set_current(current) }.unwrap();
+                let now = || ctx::get_current().unwrap().unwrap_or(std::ptr::null_mut());
+                let pending = bench.clipper.clip_grad_norm(grads, 1.0).unwrap();
+                assert_eq!(now(), current);
+                pending.wait().unwrap();
+                assert_eq!(now(), current);
+                bench.clipper.clip_grad_value(grads, 1.0).unwrap();
+                assert_eq!(now(), current);
+                bench.clipper.clip_grad_norm(grads, -1.0).unwrap_err();
+                assert_eq!(now(), current);
+                drop(Clipper::new(bench.clipper.stream()).unwrap());
+                assert_eq!(now(), current);
+                cuda::context(0).unwrap();
+                assert_eq!(now(), current);
+            });
+        }
+    });
+}

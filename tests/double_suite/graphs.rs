@@ -1,0 +1,121 @@
+//! Capture into a CUDA graph, and replay.
+
+use crate::suite::data::{tensor, Tensor};
+use crate::suite::device::OnDevice;
+use crate::support::double;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaSlice, CudaStream};
+use gradclip::cuda::{self, Clipper};
+use gradclip::{ClipNorm, Dtype, Error, NonFinite};
+use std::sync::Arc;
+
+const MODE: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+const FLAGS: CUgraphInstantiate_flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+
+fn stream() -> Arc<CudaStream> {
+    let context = cuda::context(0).unwrap();
+    // SAFETY: everything happens on one stream. Waiting for an event from before a capture would break it.
+    unsafe { context.disable_event_tracking() };
+    context.new_stream().unwrap()
+}
+
+fn grads(stream: &Arc<CudaStream>, count: usize) -> Vec<CudaSlice<f32>> {
+    (0..count).map(|_| stream.clone_htod(&[3.0f32, 4.0]).unwrap()).collect()
+}
+
+#[test]
+fn captured_calls_clip_again_at_each_replay() {
+    let Some(_double) = double::lock() else { return };
+    // A list in the parameters, and one in memory.
+    for count in [2, 300] {
+        let stream = stream();
+        let mut clipper = Clipper::new(&stream).unwrap();
+        let mut list = grads(&stream, count);
+        let norm = 5.0 * (count as f64).sqrt();
+        clipper.clip_grad_norm(&mut list, f64::INFINITY).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        let captured = clipper.clip_grad_norm(&mut list, norm / 2.0).unwrap();
+        let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+        for _ in 0..3 {
+            graph.launch().unwrap();
+            assert!((captured.wait().unwrap().total_norm / norm - 1.0).abs() < 1e-7);
+            assert_eq!(stream.clone_dtoh(&list[count - 1]).unwrap(), [1.5, 2.0]);
+            stream.memcpy_htod(&[3.0f32, 4.0], &mut list[count - 1]).unwrap();
+            for grad in &mut list {
+                stream.memcpy_htod(&[3.0f32, 4.0], grad).unwrap();
+            }
+        }
+    }
+}
+
+/// After a capture the clipper goes on with other and longer lists; the graph must not notice.
+#[test]
+fn later_calls_do_not_disturb_a_captured_one() {
+    let Some(double) = double::lock() else { return };
+    {
+        let stream = stream();
+        let mut clipper = Clipper::new(&stream).unwrap();
+        let mut list = grads(&stream, 200);
+        clipper.clip_grad_norm(&mut list, f64::INFINITY).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        let captured = clipper.clip_grad_norm(&mut list, 1.0).unwrap();
+        let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+        for count in [250, 200, 900] {
+            let mut other = grads(&stream, count);
+            let eager = clipper.clip_grad_norm(&mut other, f64::INFINITY).unwrap();
+            drop(other);
+            graph.launch().unwrap();
+            assert!((eager.wait().unwrap().total_norm / (5.0 * (count as f64).sqrt()) - 1.0).abs() < 1e-7);
+            assert!((captured.wait().unwrap().total_norm / (5.0 * 200f64.sqrt()) - 1.0).abs() < 1e-7);
+            for grad in &mut list {
+                assert!(stream.clone_dtoh(grad).unwrap()[0] < 0.05);
+                stream.memcpy_htod(&[3.0f32, 4.0], grad).unwrap();
+            }
+        }
+        for _ in 0..2 * gradclip::REPORTS_KEPT {
+            clipper.total_norm(&list, gradclip::NormType::L2).unwrap();
+        }
+        graph.launch().unwrap();
+        assert!(captured.wait().is_ok(), "a captured report never expires");
+    }
+    assert_eq!((double.live_allocations(), double.violated_guards()), (0, 0));
+}
+
+#[test]
+fn what_cannot_be_done_while_capturing_is_refused() {
+    let Some(_double) = double::lock() else { return };
+    let stream = stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let mut list = grads(&stream, 200);
+    let needs = |error: Error| matches!(error, Error::CaptureNeedsWarmup { .. });
+
+    stream.begin_capture(MODE).unwrap();
+    assert!(needs(clipper.clip_grad_norm(&mut list, 1.0).unwrap_err()), "workspace");
+    stream.end_capture(FLAGS).ok();
+
+    clipper.clip_grad_norm(&mut list, f64::INFINITY).unwrap();
+    stream.begin_capture(MODE).unwrap();
+    assert!(needs(clipper.clip_grad_norm(&mut list[..190], 1.0).unwrap_err()), "another table");
+    let waits = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+    assert!(needs(clipper.clip_grad_norm(&mut list, waits).unwrap_err()), "a wait");
+    stream.end_capture(FLAGS).ok();
+    assert_eq!(stream.clone_dtoh(&list[0]).unwrap(), [3.0, 4.0]);
+}
+
+#[test]
+fn report_slots_held_by_graphs_run_out_with_an_error() {
+    let Some(_double) = double::lock() else { return };
+    let stream = stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let list: Vec<Tensor> = vec![tensor(Dtype::F32, &[3.0, 4.0])];
+    let mut device = OnDevice::upload(&stream, &list);
+    device.with(&list, |grads| {
+        clipper.clip_grad_norm(grads, 1.0).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        for _ in 0..gradclip::REPORTS_KEPT {
+            clipper.clip_grad_norm(grads, 1.0).unwrap();
+        }
+        assert_eq!(clipper.clip_grad_norm(grads, 1.0).unwrap_err(), Error::NoReportSlot);
+        stream.end_capture(FLAGS).ok();
+    });
+}

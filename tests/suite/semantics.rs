@@ -1,0 +1,209 @@
+//! What a user meets: the rows of the semantics table, errors, reports.
+
+use super::data::{bits, tensor, Tensor};
+use super::device::{self, OnDevice};
+use crate::backend::with_clipper;
+use gradclip::cuda::{DeviceGradMut, RawGrad};
+use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormType};
+
+fn clip(list: &mut [Tensor], clip: ClipNorm, clipper: &mut gradclip::cuda::Clipper) -> gradclip::NormReport {
+    device::clip_grad_norm(clipper, list, clip).unwrap()
+}
+
+#[test]
+fn three_and_four() {
+    with_clipper(|clipper| {
+        let mut list = [tensor(Dtype::F32, &[3.0]), tensor(Dtype::BF16, &[4.0])];
+        let report = clip(&mut list, ClipNorm::new(1.0), clipper);
+        assert_eq!((report.total_norm, report.clip_coef, report.written), (5.0, 0.2, true));
+        assert_eq!(list[0].values.to_f64(), [f64::from(0.6f32)]);
+        assert_eq!(list[1].values.to_f64(), [half::bf16::from_f64(0.8).to_f64()]);
+    });
+}
+
+#[test]
+fn within_the_threshold_nothing_is_written() {
+    with_clipper(|clipper| {
+        let mut list = [tensor(Dtype::F32, &[3.0, -0.0, 1e-45]), tensor(Dtype::F64, &[4.0])];
+        let before = bits(&list);
+        for max_norm in [5.0, 6.0, f64::INFINITY] {
+            let report = clip(&mut list, ClipNorm::new(max_norm), clipper);
+            assert_eq!((report.total_norm, report.clip_coef, report.written), (5.0, 1.0, false));
+            assert_eq!(bits(&list), before);
+        }
+        let torch = clip(&mut list, ClipNorm::new(5.0).torch_compatible(), clipper);
+        assert!(torch.written && torch.clip_coef == 5.0 / 5.000001);
+    });
+}
+
+#[test]
+fn zero_threshold_and_zero_norm() {
+    with_clipper(|clipper| {
+        let mut list = [tensor(Dtype::F16, &[3.0, -4.0])];
+        assert_eq!(clip(&mut list, ClipNorm::new(0.0), clipper).clip_coef, 0.0);
+        assert_eq!(list[0].values.to_f64(), [0.0, 0.0]);
+        for max_norm in [0.0, 1.0] {
+            let report = clip(&mut list, ClipNorm::new(max_norm), clipper);
+            assert_eq!((report.total_norm, report.written), (0.0, false));
+        }
+    });
+}
+
+#[test]
+fn bad_thresholds_and_bounds_touch_nothing() {
+    with_clipper(|clipper| {
+        let mut list = [tensor(Dtype::F32, &[3.0, 4.0])];
+        let before = bits(&list);
+        let bad = [
+            ClipNorm::new(-1.0),
+            ClipNorm::new(f64::NAN),
+            ClipNorm::new(1.0).eps(-1e-9),
+            ClipNorm::new(1.0).eps(f64::NAN),
+            ClipNorm::new(1.0).eps(f64::INFINITY),
+        ];
+        for clip in bad {
+            let error = device::clip_grad_norm(clipper, &mut list, clip).unwrap_err();
+            assert!(matches!(error, Error::InvalidThreshold { .. }), "{error}");
+        }
+        for value in [-0.5, f64::NAN] {
+            let error = device::clip_grad_value(clipper, &mut list, ClipValue::new(value)).unwrap_err();
+            assert!(matches!(error, Error::InvalidThreshold { name: "clip_value", .. }), "{error}");
+        }
+        for (lo, hi) in [(1.0, 0.5), (f64::NAN, 1.0), (0.0, f64::NAN)] {
+            let error = device::clip_grad_value(clipper, &mut list, ClipValue::between(lo, hi)).unwrap_err();
+            assert!(matches!(error, Error::InvalidBounds { .. }), "{error}");
+        }
+        assert_eq!(bits(&list), before);
+    });
+}
+
+#[test]
+fn the_error_policy_waits_and_names_the_tensor() {
+    with_clipper(|clipper| {
+        let mut list = [tensor(Dtype::F32, &[3.0]), tensor(Dtype::F64, &[1.0, f64::INFINITY])];
+        let before = bits(&list);
+        let policy = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+        let error = device::clip_grad_norm(clipper, &mut list, policy).unwrap_err();
+        assert_eq!(error, Error::NonFinite { total_norm: f64::INFINITY, tensor: Some(1) });
+        assert_eq!(bits(&list), before);
+        list[1] = tensor(Dtype::F64, &[4.0]);
+        assert_eq!(clip(&mut list, policy, clipper).total_norm, 5.0);
+    });
+}
+
+#[test]
+fn the_same_memory_twice_is_refused() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let slice = stream.clone_htod(&[3.0f32, 4.0, 5.0, 6.0]).unwrap();
+        let (left, right, all) = (slice.slice(0..3), slice.slice(2..4), slice.as_view());
+        let overlap = |first, second| Error::Overlap { first, second };
+        let mut norm = |list: &[_]| clipper.total_norm(list, NormType::L2).map(|pending| pending.wait().unwrap());
+        assert_eq!(norm(&[left.slice(0..3), right.slice(0..2)]).unwrap_err(), overlap(0, 1));
+        assert_eq!(norm(&[all.slice(0..0), all.slice(0..4), all.slice(1..2)]).unwrap_err(), overlap(1, 2));
+        assert_eq!(norm(&[all.slice(0..2), all.slice(2..4)]).unwrap().total_norm, 86f64.sqrt());
+    });
+}
+
+#[test]
+fn raw_pointers() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut list = [tensor(Dtype::F32, &[9.0, 3.0, 4.0, 9.0])];
+        let device = OnDevice::upload(&stream, &list);
+        let address = device.address(0);
+        // SAFETY: elements 1 and 2 of the allocation above, which outlives the calls.
+        let mut grad = unsafe { RawGrad::new(address + 4, 2, Dtype::F32) };
+        let mut one: [&mut dyn DeviceGradMut; 1] = [&mut grad];
+        assert_eq!(clipper.clip_grad_norm(&mut one, 2.5).unwrap().wait().unwrap().total_norm, 5.0);
+        device.download(&mut list);
+        assert_eq!(list[0].values.to_f64(), [9.0, 1.5, 2.0, 9.0]);
+
+        let on_host = [0f32; 4];
+        let bad = [
+            (on_host.as_ptr() as u64, 4, "host"),
+            (address + 4, 1 << 40, "followed by"),
+            (0x10, 1, "host or freed"),
+        ];
+        for (address, numel, why) in bad {
+            // SAFETY: deliberately wrong; the call must refuse it before any work is enqueued.
+            let grad = unsafe { RawGrad::new(address, numel, Dtype::F32) };
+            let error = clipper.total_norm(&[grad], NormType::L2).unwrap_err();
+            assert!(matches!(&error, Error::BadPointer { tensor: 0, .. }) && error.to_string().contains(why), "{error}");
+        }
+        // SAFETY: as above.
+        let odd = unsafe { RawGrad::new(address + 2, 1, Dtype::F32) };
+        assert!(matches!(clipper.total_norm(&[odd], NormType::L2).unwrap_err(), Error::Misaligned { tensor: 0, .. }));
+    });
+}
+
+#[test]
+fn slices_views_and_references_in_one_line() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut weight = stream.clone_htod(&[3.0f32, 0.0]).unwrap();
+        let mut bias = stream.clone_htod(&[4.0f32]).unwrap();
+        let report = clipper.clip_grad_norm(&mut [&mut weight, &mut bias], 1.0).unwrap().wait().unwrap();
+        assert_eq!(report.total_norm, 5.0);
+        assert_eq!(stream.clone_dtoh(&bias).unwrap(), [0.8]);
+
+        let mut owned = [weight, bias];
+        let report = gradclip::cuda::clip_grad_value(&stream, &mut owned, 0.7).unwrap().wait().unwrap();
+        assert_eq!((report.clipped, report.nan), (1, 0));
+        let [weight, bias] = owned;
+        assert_eq!(stream.clone_dtoh(&bias).unwrap(), [0.7]);
+        let norm = gradclip::cuda::total_norm(&stream, &[&weight, &bias], NormType::Inf).unwrap().wait().unwrap();
+        assert_eq!(norm.total_norm, f64::from(0.7f32));
+        gradclip::cuda::release_thread_clippers();
+    });
+}
+
+#[test]
+fn reports_can_be_read_late_but_not_forever() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut grads = [stream.clone_htod(&[3.0f32, 4.0]).unwrap()];
+        let first = clipper.clip_grad_norm(&mut grads, 4.0).unwrap();
+        let second = clipper.clip_grad_norm(&mut grads, 2.0).unwrap();
+        assert_eq!(second.wait().unwrap().total_norm, 4.0);
+        assert_eq!(first.wait().unwrap().total_norm, 5.0);
+        for _ in 0..gradclip::REPORTS_KEPT - 2 {
+            clipper.total_norm(&grads, NormType::L2).unwrap();
+        }
+        assert!(first.wait().is_ok());
+        clipper.total_norm(&grads, NormType::L2).unwrap();
+        assert_eq!(first.wait().unwrap_err(), Error::ReportExpired);
+        assert!(second.wait().is_ok());
+    });
+}
+
+/// The addresses handed out hold the norm and the coefficient.
+#[test]
+fn norm_and_coefficient_by_device_address() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut grads = [stream.clone_htod(&[3.0f32, 4.0]).unwrap()];
+        let pending = clipper.clip_grad_norm(&mut grads, 1.0).unwrap();
+        for (address, expected) in [(pending.total_norm_address(), 5.0), (pending.clip_coef_address(), 0.2)] {
+            // SAFETY: an f64 on the device, alive with the clipper; leaked below, so not freed twice.
+            let value = unsafe { stream.upgrade_device_ptr::<f64>(address, 1) };
+            assert_eq!(stream.clone_dtoh(&value).unwrap(), [expected]);
+            value.leak();
+        }
+    });
+}
+
+#[test]
+fn workspace_stays_within_what_is_documented() {
+    with_clipper(|clipper| {
+        let reports = clipper.device_bytes();
+        assert_eq!(reports, 16 * 1024);
+        let list: Vec<Tensor> = (0..500).map(|i| tensor([Dtype::F32, Dtype::F64][i % 2], &[1.0; 20])).collect();
+        device::total_norm(clipper, &list, NormType::L2).unwrap();
+        let used = clipper.device_bytes() - reports;
+        assert!(used > 0 && used <= 500 * (32 + 16), "{used} bytes");
+        assert!(clipper.pinned_bytes() <= 500 * 32);
+        device::total_norm(clipper, &list[..100], NormType::L2).unwrap();
+        assert_eq!(clipper.device_bytes() - reports, used);
+    });
+}

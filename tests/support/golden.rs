@@ -1,0 +1,502 @@
+//! The golden cases: reading them, and judging what a back end makes of them.
+//!
+//! Knows no back end: [`check`] takes a function from a [`Case`] to an [`Outcome`]. `tests/golden/README.md` has the
+//! format and says what is right.
+#![allow(dead_code)] // every test binary uses a part
+
+use super::format::{product, within_one_unit, Format};
+use super::tensor::{bits_of, first_nonfinite, Tensor};
+use super::tolerance;
+use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, ValueReport};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// What to do, and to what.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub name: String,
+    pub op: Op,
+    pub grads: Vec<Tensor>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Op {
+    TotalNorm(NormType),
+    /// `max_norm`, `norm_type` and `eps` are in here too, so that the judge can read them.
+    ClipNorm {
+        max_norm: f64,
+        norm_type: NormType,
+        eps: f64,
+        nonfinite: NonFinite,
+    },
+    ClipValue {
+        lo: f64,
+        hi: f64,
+    },
+}
+
+/// What a back end did: its answer, and the gradients afterwards.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub answer: Result<Answer, Error>,
+    pub grads: Vec<Tensor>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Answer {
+    Norm(NormReport),
+    Value(ValueReport),
+}
+
+impl Case {
+    /// The options of `clip_grad_norm`.
+    pub fn clip_norm(&self) -> Option<ClipNorm> {
+        match self.op {
+            Op::ClipNorm { max_norm, norm_type, eps, nonfinite } => {
+                let clip = ClipNorm::new(max_norm).norm_type(norm_type).nonfinite(nonfinite);
+                Some(if eps == ClipNorm::TORCH_EPS { clip.torch_compatible() } else { clip.eps(eps) })
+            }
+            _ => None,
+        }
+    }
+
+    /// The options of `clip_grad_value`: from one value where the bounds are symmetric, as its callers have it.
+    pub fn clip_value(&self) -> Option<ClipValue> {
+        match self.op {
+            Op::ClipValue { lo, hi } if lo == -hi || hi.is_nan() => Some(ClipValue::new(hi)),
+            Op::ClipValue { lo, hi } => Some(ClipValue::between(lo, hi)),
+            _ => None,
+        }
+    }
+}
+
+/// A case with its answers.
+#[derive(Clone, Debug)]
+pub struct Golden {
+    pub case: Case,
+    pub peer: String,
+    /// The true norm, rounded once; NaN or Inf where an element is, or where it is beyond f64.
+    pub exact_norm: Option<f64>,
+    pub exact_grads: Option<Vec<Tensor>>,
+    pub peer_norm: Option<f64>,
+    pub peer_grads: Option<Vec<Tensor>>,
+    pub peer_differs: Option<String>,
+}
+
+/// How many cases were judged.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub cases: BTreeMap<String, usize>,
+    pub peer_differs: BTreeMap<String, usize>,
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (peer, cases) in &self.cases {
+            let differs = self.peer_differs.get(peer).copied().unwrap_or(0);
+            write!(f, "  {peer}: {cases} cases")?;
+            writeln!(f, "{}", if differs > 0 { format!(", in {differs} of them it is wrong") } else { String::new() })?;
+        }
+        Ok(())
+    }
+}
+
+/// The folder of the golden files.
+pub fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Judging
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Runs every case of a file, and judges it. Panics with all that is wrong.
+pub fn check(file: &str, run: impl Fn(&Case) -> Outcome) -> Counts {
+    let mut counts = Counts::default();
+    let mut wrong = Vec::new();
+    for golden in read(file) {
+        if let Err(what) = judge(&golden, &run) {
+            wrong.push(format!("{}: {what}", golden.case.name));
+        }
+        *counts.cases.entry(golden.peer.clone()).or_default() += 1;
+        *counts.peer_differs.entry(golden.peer.clone()).or_default() += usize::from(golden.peer_differs.is_some());
+    }
+    assert!(wrong.is_empty(), "{} of the cases in {file} are wrong:\n{}", wrong.len(), first_lines(&wrong, 25));
+    println!("{file}\n{counts}");
+    counts
+}
+
+fn first_lines(lines: &[String], most: usize) -> String {
+    let mut text = lines[..lines.len().min(most)].join("\n");
+    if lines.len() > most {
+        write!(text, "\n... and {} more", lines.len() - most).ok();
+    }
+    text
+}
+
+type Verdict = Result<(), String>;
+
+/// `Err(message)` unless the condition holds.
+macro_rules! require {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err(format!($($message)+));
+        }
+    };
+}
+
+fn judge(golden: &Golden, run: &impl Fn(&Case) -> Outcome) -> Verdict {
+    let outcome = || run(&golden.case);
+    match golden.case.op {
+        Op::TotalNorm(_) => judge_total_norm(golden, &outcome()),
+        Op::ClipNorm { max_norm, .. } if max_norm < 0.0 || max_norm.is_nan() => {
+            judge_refused(golden, &outcome(), |error| {
+                matches!(error, Error::InvalidThreshold { name: "max_norm", got, .. } if same(*got, max_norm))
+            })
+        }
+        Op::ClipNorm { max_norm, .. } => match golden.exact_norm {
+            Some(norm) if !norm.is_finite() => judge_policies(golden, norm, max_norm, run),
+            _ => judge_clip_norm(golden, &outcome()),
+        },
+        Op::ClipValue { lo, hi } if lo <= hi => judge_clip_value(golden, &outcome()),
+        Op::ClipValue { lo, hi } => judge_refused(golden, &outcome(), |error| match *error {
+            Error::InvalidThreshold { name: "clip_value", got, .. } => lo == -hi || same(got, hi),
+            Error::InvalidBounds { lo: got_lo, hi: got_hi } => same(got_lo, lo) && same(got_hi, hi),
+            _ => false,
+        }),
+    }
+}
+
+/// Equal, or both NaN.
+fn same(a: f64, b: f64) -> bool {
+    a == b || (a.is_nan() && b.is_nan())
+}
+
+fn untouched(golden: &Golden, outcome: &Outcome) -> Verdict {
+    require!(bits_of(&outcome.grads) == bits_of(&golden.case.grads), "gradients were touched");
+    Ok(())
+}
+
+/// A call that has to fail, and to leave the gradients alone.
+fn judge_refused(golden: &Golden, outcome: &Outcome, expected: impl Fn(&Error) -> bool) -> Verdict {
+    match &outcome.answer {
+        Err(error) => require!(expected(error), "the error is {error:?}"),
+        Ok(answer) => return Err(format!("is no error, but {answer:?}")),
+    }
+    untouched(golden, outcome)
+}
+
+fn norm_report(outcome: &Outcome) -> Result<NormReport, String> {
+    match &outcome.answer {
+        Ok(Answer::Norm(report)) => Ok(*report),
+        other => Err(format!("answered {other:?}")),
+    }
+}
+
+/// The norm against the truth, and against a peer that is right.
+fn judge_norm(golden: &Golden, norm_type: NormType, got: f64) -> Verdict {
+    let exact = golden.exact_norm.ok_or("the file has no norm")?;
+    let relative = tolerance::norm(&golden.case.grads, norm_type);
+    let error = tolerance::relative_error(got, exact);
+    require!(tolerance::close(got, exact, relative), "norm {got:e}, exact {exact:e}, off by {error:.2e} relative");
+    if let (Some(peer), None) = (golden.peer_norm, &golden.peer_differs) {
+        let allowed = tolerance::peer_norm(&golden.case.grads, exact) + relative * exact;
+        require!(same(peer, got) || (peer - got).abs() <= allowed, "norm {got:e}, {} has {peer:e}", golden.peer);
+    }
+    Ok(())
+}
+
+fn judge_total_norm(golden: &Golden, outcome: &Outcome) -> Verdict {
+    let Op::TotalNorm(norm_type) = golden.case.op else { return Err("no total_norm".into()) };
+    let report = norm_report(outcome)?;
+    judge_norm(golden, norm_type, report.total_norm)?;
+    require!(!report.written && report.clip_coef == 1.0, "{report:?}");
+    let first = first_nonfinite(&golden.case.grads);
+    require!(report.first_nonfinite == first, "first bad tensor {:?}, not {first:?}", report.first_nonfinite);
+    untouched(golden, outcome)
+}
+
+/// Clipping by a finite norm.
+fn judge_clip_norm(golden: &Golden, outcome: &Outcome) -> Verdict {
+    let Op::ClipNorm { max_norm, norm_type, eps, .. } = golden.case.op else { return Err("no clip_grad_norm".into()) };
+    let report = norm_report(outcome)?;
+    judge_norm(golden, norm_type, report.total_norm)?;
+    require!(report.first_nonfinite.is_none(), "no tensor is bad, not {:?}", report.first_nonfinite);
+    require!(report.written == (report.clip_coef != 1.0), "{report:?}");
+
+    // The coefficient: the formula, applied to the norm that was found, and close to that of the true norm.
+    let exact = golden.exact_norm.ok_or("the file has no norm")?;
+    let formula = |norm: f64| if norm + eps > max_norm { max_norm / (norm + eps) } else { 1.0 };
+    let (of_found, of_exact) = (formula(report.total_norm), formula(exact));
+    require!(report.clip_coef == of_found, "coefficient {:e}, the formula gives {of_found:e}", report.clip_coef);
+    let relative = tolerance::norm(&golden.case.grads, norm_type) + 4.0 * Format::of(Dtype::F64).epsilon();
+    require!(
+        tolerance::close(report.clip_coef, of_exact, relative),
+        "coefficient {:e}, exact {of_exact:e}",
+        report.clip_coef
+    );
+    if eps == ClipNorm::TORCH_EPS {
+        let torch = f64::min(max_norm / (exact + 1e-6), 1.0);
+        let unit = Format::of(Dtype::F32).unit(torch);
+        require!(
+            (report.clip_coef - torch).abs() <= unit,
+            "coefficient {:e}, the formula of torch gives {torch:e}",
+            report.clip_coef
+        );
+    }
+    if !report.written {
+        untouched(golden, outcome)?;
+    }
+    judge_products(golden, outcome, report.clip_coef)?;
+    judge_elements(golden, outcome, relative)
+}
+
+/// Every element is its product with the one coefficient, to one unit in the last place; zeros keep their sign.
+fn judge_products(golden: &Golden, outcome: &Outcome, clip_coef: f64) -> Verdict {
+    for (tensor, (before, after)) in golden.case.grads.iter().zip(&outcome.grads).enumerate() {
+        let format = before.format();
+        for (index, (x, got)) in before.bits().into_iter().zip(after.bits()).enumerate() {
+            let exact = product(format, x, clip_coef);
+            let (value, expected) = (format.value(got), format.value(format.nearest(&exact)));
+            require!(
+                within_one_unit(format, &exact, got),
+                "element {index} of tensor {tensor} is {value:e}, x * c is {expected:e}"
+            );
+            let sign = (got ^ format.nearest(&exact)) & format.sign_bit();
+            require!(
+                sign == 0,
+                "element {index} of tensor {tensor} is {value:e}, x * c is {expected:e}: the sign is lost"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Every element against the true gradients, and against those of a peer that is right.
+fn judge_elements(golden: &Golden, outcome: &Outcome, norm_error: f64) -> Verdict {
+    let exact_grads = golden.exact_grads.as_ref().ok_or("the file has no gradients")?;
+    require!(exact_grads.len() == outcome.grads.len(), "{} tensors", outcome.grads.len());
+    for (tensor, (exact, after)) in exact_grads.iter().zip(&outcome.grads).enumerate() {
+        let format = exact.format();
+        for (index, (exact, got)) in exact.bits().into_iter().zip(after.bits()).enumerate() {
+            // One step for the rounding, and what the error of the norm amounts to: nothing visible but in f64.
+            let (exact, value) = (format.value(exact), format.value(got));
+            let allowed = format.unit(exact) * tolerance::ROUNDING_STEPS as f64 + norm_error * exact.abs();
+            require!(
+                (value - exact).abs() <= allowed,
+                "element {index} of tensor {tensor} is {value:e}, exact {exact:e}"
+            );
+            if let (Some(peer), None) = (&golden.peer_grads, &golden.peer_differs) {
+                let peer = format.value(peer[tensor].bits()[index]);
+                let allowed = allowed + tolerance::peer_element(&golden.case.grads, format, exact);
+                require!(
+                    (value - peer).abs() <= allowed,
+                    "element {index} of tensor {tensor} is {value:e}, {} has {peer:e}",
+                    golden.peer
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A norm that is NaN or Inf: what each policy has to do.
+fn judge_policies(golden: &Golden, exact: f64, max_norm: f64, run: &impl Fn(&Case) -> Outcome) -> Verdict {
+    for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate, NonFinite::Error] {
+        let mut case = golden.case.clone();
+        if let Op::ClipNorm { nonfinite, .. } = &mut case.op {
+            *nonfinite = policy;
+        }
+        judge_policy(golden, exact, max_norm, policy, &run(&case)).map_err(|what| format!("{policy:?}: {what}"))?;
+    }
+    Ok(())
+}
+
+fn judge_policy(golden: &Golden, exact: f64, max_norm: f64, policy: NonFinite, outcome: &Outcome) -> Verdict {
+    let first = first_nonfinite(&golden.case.grads);
+    if policy == NonFinite::Error {
+        return judge_refused(golden, outcome, |error| {
+            matches!(*error, Error::NonFinite { total_norm, tensor } if same(total_norm, exact) && tensor == first)
+        });
+    }
+    let report = norm_report(outcome)?;
+    require!(same(report.total_norm, exact), "norm {}, not {exact}", report.total_norm);
+    require!(report.first_nonfinite == first, "first bad tensor {:?}, not {first:?}", report.first_nonfinite);
+    // An infinite threshold only measures, also under Propagate, where the peers make NaN of Inf / Inf.
+    let written = policy == NonFinite::Zero || (policy == NonFinite::Propagate && max_norm.is_finite());
+    require!(report.written == written, "{report:?}");
+    if !written {
+        require!(report.clip_coef == 1.0, "{report:?}");
+        return untouched(golden, outcome);
+    }
+    if policy == NonFinite::Zero {
+        require!(report.clip_coef == 0.0, "{report:?}");
+        let all_zero = bits_of(&outcome.grads).iter().flatten().all(|&bits| bits == 0);
+        require!(all_zero, "an element is not +0");
+        return Ok(());
+    }
+    require!(same(report.clip_coef, max_norm / exact), "{report:?}");
+    judge_propagated(golden, outcome, report.clip_coef)
+}
+
+/// x * c where one of them is not finite: as IEEE 754 has it, and as a peer has it that was not asked to be right.
+fn judge_propagated(golden: &Golden, outcome: &Outcome, clip_coef: f64) -> Verdict {
+    for (tensor, (before, after)) in golden.case.grads.iter().zip(&outcome.grads).enumerate() {
+        for (index, (x, got)) in before.values().into_iter().zip(after.values()).enumerate() {
+            let expected = x * clip_coef;
+            let peer = golden.peer_grads.as_ref().map_or(expected, |peer| peer[tensor].values()[index]);
+            let at = format!("element {index} of tensor {tensor}");
+            require!(identical(got, expected), "{at} is {got}, {x} * {clip_coef} is {expected}");
+            require!(identical(got, peer), "{at} is {got}, {} has {peer}", golden.peer);
+        }
+    }
+    Ok(())
+}
+
+/// The same bits, or both NaN.
+fn identical(a: f64, b: f64) -> bool {
+    a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())
+}
+
+fn judge_clip_value(golden: &Golden, outcome: &Outcome) -> Verdict {
+    let report = match &outcome.answer {
+        Ok(Answer::Value(report)) => *report,
+        other => return Err(format!("answered {other:?}")),
+    };
+    let exact_grads = golden.exact_grads.as_ref().ok_or("the file has no gradients")?;
+    let (before, exact, after) = (bits_of(&golden.case.grads), bits_of(exact_grads), bits_of(&outcome.grads));
+    require!(after == exact, "gradients are {after:x?}, exact {exact:x?}");
+    // Inside the bounds, and as a NaN, an element keeps its bits; outside it cannot.
+    let clipped = before.iter().flatten().zip(exact.iter().flatten()).filter(|(x, y)| x != y).count() as u64;
+    let nan = golden.case.grads.iter().flat_map(Tensor::values).filter(|x| x.is_nan()).count() as u64;
+    require!(report.clipped == clipped, "{} clipped, not {clipped}", report.clipped);
+    require!(report.nan == nan, "{} NaN, not {nan}", report.nan);
+    require!(report.written == (clipped > 0), "{report:?}");
+    let first = first_nonfinite(&golden.case.grads);
+    require!(report.first_nonfinite == first, "first bad tensor {:?}, not {first:?}", report.first_nonfinite);
+    if let (Some(peer), None) = (&golden.peer_grads, &golden.peer_differs) {
+        for (peer, after) in peer.iter().zip(&outcome.grads) {
+            let equal = peer.values().into_iter().zip(after.values()).all(|(a, b)| same(a, b));
+            require!(equal, "{} has other gradients", golden.peer);
+        }
+    }
+    Ok(())
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reading
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[derive(serde::Deserialize)]
+struct File {
+    cases: Vec<Entry>,
+}
+
+#[derive(serde::Deserialize)]
+struct Entry {
+    name: String,
+    peer: String,
+    op: String,
+    max_norm: Option<String>,
+    norm_type: Option<String>,
+    eps: Option<String>,
+    lo: Option<String>,
+    hi: Option<String>,
+    grads: Vec<Values>,
+    exact_norm: Option<String>,
+    peer_norm: Option<String>,
+    peer_grads: Option<Vec<String>>,
+    exact_grads: Option<Vec<String>>,
+    peer_differs: Option<String>,
+}
+
+#[derive(serde::Deserialize)]
+struct Values {
+    dtype: String,
+    bits: String,
+    numel: Option<usize>,
+    stride: Option<usize>,
+}
+
+/// The cases of one file. A file that cannot be read is a broken checkout: panics.
+pub fn read(file: &str) -> Vec<Golden> {
+    let path = folder().join(file);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file: File = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    file.cases.into_iter().map(Entry::into_golden).collect()
+}
+
+impl Entry {
+    fn into_golden(self) -> Golden {
+        let op = match self.op.as_str() {
+            "total_norm" => Op::TotalNorm(self.norm_type()),
+            "clip_grad_norm" => Op::ClipNorm {
+                max_norm: required(&self.max_norm),
+                norm_type: self.norm_type(),
+                eps: required(&self.eps),
+                nonfinite: NonFinite::Skip,
+            },
+            "clip_grad_value" => Op::ClipValue { lo: required(&self.lo), hi: required(&self.hi) },
+            other => panic!("{}: unknown op {other}", self.name),
+        };
+        let tensors_of = |strings: &Vec<String>| -> Vec<Tensor> {
+            assert_eq!(strings.len(), self.grads.len(), "{}", self.name);
+            strings.iter().zip(&self.grads).map(|(bits, like)| like.tensor(bits)).collect()
+        };
+        Golden {
+            exact_norm: self.exact_norm.as_deref().map(number),
+            exact_grads: self.exact_grads.as_ref().map(tensors_of),
+            peer_norm: self.peer_norm.as_deref().map(number),
+            peer_grads: self.peer_grads.as_ref().map(tensors_of),
+            peer_differs: self.peer_differs.clone(),
+            peer: self.peer.clone(),
+            case: Case {
+                name: self.name.clone(),
+                op,
+                grads: self.grads.iter().map(|values| values.tensor(&values.bits)).collect(),
+            },
+        }
+    }
+
+    fn norm_type(&self) -> NormType {
+        match self.norm_type.as_deref() {
+            Some("1") => NormType::L1,
+            Some("2") => NormType::L2,
+            Some("inf") => NormType::Inf,
+            other => panic!("{}: unknown norm_type {other:?}", self.name),
+        }
+    }
+}
+
+impl Values {
+    /// `bits` as a tensor of this one's type and shape: a table is read with a stride, modulo its length.
+    fn tensor(&self, bits: &str) -> Tensor {
+        let dtype = match self.dtype.as_str() {
+            "f32" => Dtype::F32,
+            "f64" => Dtype::F64,
+            "f16" => Dtype::F16,
+            "bf16" => Dtype::BF16,
+            other => panic!("unknown dtype {other}"),
+        };
+        let digits = 2 * dtype.size();
+        assert!(bits.is_ascii() && bits.len() % digits == 0, "not a whole number of values");
+        let table: Vec<u64> = (0..bits.len()).step_by(digits).map(|at| hexadecimal(&bits[at..at + digits])).collect();
+        let (numel, stride) = (self.numel.unwrap_or(table.len()), self.stride.unwrap_or(1));
+        Tensor::from_bits(dtype, (0..numel).map(|i| table[i * stride % table.len()]))
+    }
+}
+
+fn required(text: &Option<String>) -> f64 {
+    number(text.as_deref().unwrap_or_else(|| panic!("a parameter is missing")))
+}
+
+/// 16 hexadecimal digits, the bits of an f64.
+fn number(text: &str) -> f64 {
+    assert_eq!(text.len(), 16);
+    f64::from_bits(hexadecimal(text))
+}
+
+fn hexadecimal(text: &str) -> u64 {
+    u64::from_str_radix(text, 16).unwrap_or_else(|error| panic!("{text}: {error}"))
+}

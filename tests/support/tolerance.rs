@@ -1,0 +1,134 @@
+//! Every tolerance of the tests, with where it comes from.
+//!
+//! Notation: u = 2^-24 and v = 2^-53 are the unit roundoffs of f32 and f64. Terms are never negative, so an error of a
+//! partial sum relative to that sum is at most as large relative to the whole, and errors of the levels of a tree add.
+//! Second-order terms are covered by rounding the counts up.
+#![allow(dead_code)] // every test binary uses a part
+
+use super::format::Format;
+use super::tensor::{tiles, Tensor};
+use gradclip::abi::FOLD_THREADS;
+use gradclip::{Dtype, NormType};
+
+const U: f64 = 1.0 / (1u64 << 24) as f64;
+const V: f64 = 1.0 / (1u64 << 53) as f64;
+
+/// Promised for normally distributed gradients of any length (docs/numerics.md): relative to the exactly rounded norm.
+pub const fn promised_on_normal_data(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 | Dtype::F64 => 1e-9,
+        _ => 5e-8,
+    }
+}
+
+/// Promised for any finite gradients.
+pub const PROMISED_WORST_CASE: f64 = 2e-6;
+
+/// Relative error of the norm of a list, for any finite elements: what the order of the additions allows. Much tighter
+/// than what is promised, so that a step of the summation that goes missing is seen.
+///
+/// Above the lanes everything is f64: 1 addition to get there, 5 levels over the lanes of a warp, 3 over the segments
+/// of a tile; then each of [`FOLD_THREADS`] threads adds every 1024th tile, and 10 levels add up the threads. Changes
+/// of range are multiplications by powers of two: exact, or below 2^-170 of the sum.
+pub fn norm(tensors: &[Tensor], norm_type: NormType) -> f64 {
+    let lanes = tensors.iter().map(|tensor| lane_sum(tensor.dtype())).fold(0.0, f64::max);
+    norm_of_sum(lanes, tiles(tensors), norm_type)
+}
+
+/// [`norm`] of one tensor.
+pub fn norm_of(dtype: Dtype, numel: usize, norm_type: NormType) -> f64 {
+    norm_of_sum(lane_sum(dtype), (numel * dtype.size()).div_ceil(gradclip::abi::TILE_BYTES), norm_type)
+}
+
+fn norm_of_sum(lanes: f64, tiles: usize, norm_type: NormType) -> f64 {
+    let levels = 1 + 5 + 3 + tiles.div_ceil(FOLD_THREADS) + 10;
+    let sum = lanes + levels as f64 * V;
+    match norm_type {
+        NormType::L1 => sum,
+        NormType::L2 => sum / 2.0 + 2.0 * V, // the root halves a relative error; itself, it adds one rounding
+        _ => 0.0,                            // a maximum is not rounded
+    }
+}
+
+/// Relative error of the sum of one lane: 8 terms a chain, then 1 level over 2 chains (f64), 2 over 4 of 8 (f16, bf16)
+/// or of 4 (f32).
+fn lane_sum(dtype: Dtype) -> f64 {
+    // Squares below 2^-126 lose up to 2^-150 each, of 2048 that add up to 2^-92 or are redone in f64.
+    let underflow = 2048.0 * 2f64.powi(-150 + 92);
+    match dtype {
+        // The square is rounded, then 7 of 8 additions (the first is to zero) and 1 level.
+        Dtype::F64 => 10.0 * V,
+        // Terms are exact: squares of 8 or 11 bits fit 24. 7 additions and 2 levels.
+        Dtype::F16 | Dtype::BF16 => 9.0 * U * (1.0 + 9.0 * U) + underflow,
+        // Dot2. The errors carried beside the sum are u for each square and u for each of the 9 additions it goes
+        // through, together 10 u of the sum; as they are added up in f32 they are rounded at most 13 times: twice on
+        // entering a chain, 7 times in it, twice at each of 2 levels.
+        _ => 130.0 * U * U * (1.0 + 20.0 * U) + underflow,
+    }
+}
+
+/// Two ways to add up the same elements differ by at most the error of each.
+pub fn reordered(a: &[Tensor], b: &[Tensor], norm_type: NormType) -> f64 {
+    norm(a, norm_type) + norm(b, norm_type)
+}
+
+/// Whether two norms agree to a relative error. Half a unit of the smallest subnormal is allowed: there a norm cannot be
+/// closer to the truth, and changing its range rounds it once more.
+pub fn close(got: f64, expected: f64, relative: f64) -> bool {
+    if !got.is_finite() || !expected.is_finite() {
+        return got == expected || (got.is_nan() && expected.is_nan());
+    }
+    // One unit: the truth is rounded to a multiple of it, and so is the result.
+    (got - expected).abs() <= relative * expected.abs() + f64::from_bits(1) * f64::from(u8::from(expected < 1e-290))
+}
+
+/// Relative error of a norm, 0 for equal ones.
+pub fn relative_error(got: f64, expected: f64) -> f64 {
+    if got == expected {
+        0.0
+    } else {
+        ((got - expected) / expected).abs()
+    }
+}
+
+/// By how much clipping may miss the threshold: `norm after <= max_norm * (1 + relative) + absolute`.
+///
+/// The norm is off by `measured`, and so is c. Every product is off by one unit in the last place at most: relative
+/// 2^(1 - precision), or one smallest subnormal, of which the norm over n elements is at most n (L1) or sqrt(n) (L2).
+/// Measuring the result has its own error, which is `measured` again.
+pub struct Excess {
+    pub relative: f64,
+    pub absolute: f64,
+}
+
+pub fn norm_after_clipping(tensors: &[Tensor], norm_type: NormType) -> Excess {
+    let measured = norm(tensors, norm_type);
+    let rounding = tensors.iter().map(|tensor| tensor.format().epsilon()).fold(0.0, f64::max);
+    let absolute = tensors.iter().map(|tensor| {
+        let (unit, numel) = (tensor.format().unit(0.0), tensor.numel() as f64);
+        match norm_type {
+            NormType::L1 => unit * numel,
+            NormType::L2 => unit * numel.sqrt(),
+            _ => unit,
+        }
+    });
+    Excess { relative: 2.0 * measured + rounding + 4.0 * V, absolute: absolute.sum() }
+}
+
+/// Units in the last place that one more rounding moves an element by.
+pub const ROUNDING_STEPS: u64 = 1;
+
+/// How far a peer may be from the truth where its answer is taken as right: 4 units in the last place of its own
+/// arithmetic, which is that of the narrowest dtype of the list (scripts/golden.py, TOLERANCE_ULPS).
+pub fn peer_norm(tensors: &[Tensor], exact: f64) -> f64 {
+    4.0 * f64::max(narrowest_epsilon(tensors) * exact.abs(), Format::of(Dtype::F64).unit(exact))
+}
+
+/// The same for an element: of its norm, in the narrowest dtype, and of its own rounding.
+pub fn peer_element(tensors: &[Tensor], format: Format, exact: f64) -> f64 {
+    4.0 * (format.unit(exact) + narrowest_epsilon(tensors) * exact.abs())
+}
+
+fn narrowest_epsilon(tensors: &[Tensor]) -> f64 {
+    tensors.iter().map(|tensor| tensor.format().epsilon()).fold(Format::of(Dtype::F64).epsilon(), f64::max)
+}
