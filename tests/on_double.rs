@@ -14,7 +14,7 @@ mod backend {
         pub tensors: usize,
         pub bytes: usize,
     }
-    pub const LARGE: Large = Large { tensors: 3000, bytes: 1030 * 32 * 1024 };
+    pub const LARGE: Large = Large { tensors: 3000, bytes: 9 * 32 * 1024 };
 
     /// Runs `body` with threads and blocks in order, then reversed with all work deferred; nothing may be left behind.
     pub fn with_clipper(body: impl Fn(&mut Clipper)) {

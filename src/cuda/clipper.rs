@@ -1,6 +1,6 @@
 //! The verbs on device memory.
 
-use super::driver::{check_driver, driver_error, CurrentContext};
+use super::driver::{check_driver, driver_error, CurrentContext, KeepsContext};
 use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::reports::{Pending, ReportRing};
@@ -40,8 +40,8 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Clipper {
     stream: Arc<CudaStream>,
-    kernels: Kernels,
-    workspace: Workspace,
+    kernels: KeepsContext<Kernels>,
+    workspace: KeepsContext<Workspace>,
     reports: Arc<ReportRing>,
     plan: Arc<Plan>,
     list: DeviceList,
@@ -65,8 +65,8 @@ impl Clipper {
             .map_err(driver_error("cuDeviceGetAttribute"))?;
         Ok(Self {
             stream: stream.clone(),
-            kernels: Kernels::load(context)?,
-            workspace: Workspace::new(stream),
+            kernels: KeepsContext::new(Kernels::load(context)?),
+            workspace: KeepsContext::new(Workspace::new(stream)),
             reports: Arc::new(ReportRing::new(stream)?),
             plan: Arc::new(Plan::default()),
             list: DeviceList::default(),

@@ -157,3 +157,36 @@ impl Drop for CurrentContext {
         }
     }
 }
+
+/// Holds driver objects whose destructors make their own context current, as those of cudarc do, and undoes that when
+/// it drops them.
+#[derive(Debug)]
+pub(crate) struct KeepsContext<T>(std::mem::ManuallyDrop<T>);
+
+impl<T> KeepsContext<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(std::mem::ManuallyDrop::new(value))
+    }
+}
+
+impl<T> std::ops::Deref for KeepsContext<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> std::ops::DerefMut for KeepsContext<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+impl<T> Drop for KeepsContext<T> {
+    fn drop(&mut self) {
+        let _current = CurrentContext::save();
+        // SAFETY: dropped here and nowhere else, and not used afterwards.
+        unsafe { std::mem::ManuallyDrop::drop(&mut self.0) };
+    }
+}

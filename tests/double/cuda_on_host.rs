@@ -106,20 +106,15 @@ fn bits(outcome: &Outcome) -> (Vec<u64>, u64, u64, &[Vec<u8>]) {
 #[test]
 fn the_kernels_are_clean_and_give_the_same_bits_in_any_order() {
     let Some(plain) = Runner::new("") else { return };
-    let cases = cases();
+    let mut cases = cases();
     let expected = plain.run(&cases);
-    let mut other_way = cases.clone();
-    for case in &mut other_way {
-        case.reversed = true;
-        case.table_in_memory = true;
-        case.blocks = 1;
-    }
+    let other_way = |case: &Case| Case { reversed: true, table_in_memory: true, blocks: 1, ..case.clone() };
+    cases.extend(cases.iter().map(other_way).collect::<Vec<_>>());
     for sanitizer in ["", "address,undefined", "thread"] {
         let Some(runner) = Runner::new(sanitizer) else { continue };
-        for cases in [&cases, &other_way] {
-            for (index, (outcome, expected)) in runner.run(cases).iter().zip(&expected).enumerate() {
-                assert!(bits(outcome) == bits(expected), "case {index} with -fsanitize={sanitizer:?}");
-            }
+        for (index, outcome) in runner.run(&cases).iter().enumerate() {
+            let expected = &expected[index % expected.len()];
+            assert!(bits(outcome) == bits(expected), "case {index} with -fsanitize={sanitizer:?}");
         }
     }
 }

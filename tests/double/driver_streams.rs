@@ -187,6 +187,14 @@ fn what_is_unsafe_in_a_capture_ends_it() {
     assert_eq!(unsafe { result::malloc_sync(16) }.unwrap_err().0, unsupported);
     assert_eq!(stream.end_capture(CUgraphInstantiate_flags(0)).err().unwrap().0, invalidated);
 
+    let per_thread = context.per_thread_stream();
+    let implicit = CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+    per_thread.begin_capture(mode).unwrap();
+    assert_eq!(context.default_stream().capture_status().unwrap_err().0, implicit);
+    assert_eq!(per_thread.capture_status().unwrap(), CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE);
+    assert_eq!(context.default_stream().synchronize().unwrap_err().0, implicit);
+    assert_eq!(per_thread.end_capture(CUgraphInstantiate_flags(0)).err().unwrap().0, invalidated);
+
     let before = context.new_stream().unwrap().record_event(None).unwrap();
     stream.begin_capture(mode).unwrap();
     assert_eq!(stream.wait(&before).unwrap_err().0, CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION);

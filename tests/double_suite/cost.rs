@@ -161,7 +161,7 @@ fn the_current_context_is_left_alone() {
                 assert_eq!(now(), current);
                 drop(Clipper::new(bench.clipper.stream()).unwrap());
                 assert_eq!(now(), current);
-                cuda::context(0).unwrap();
+                let _held = cuda::context(0).unwrap();
                 assert_eq!(now(), current);
             });
         }

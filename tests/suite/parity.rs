@@ -111,7 +111,7 @@ fn empties_anywhere() {
 fn mixed_dtypes_in_lists_of_every_length() {
     with_clipper(|clipper| {
         let mut source = Source::new(4);
-        // Around the 160 tensors that travel in the parameters, and thousands.
+        // Around the 160 tensors that travel in the parameters, and more tiles than threads fold them.
         for count in [2, 3, 31, 159, 160, 161, 162, 1000, LARGE.tensors] {
             let list: Vec<Tensor> = (0..count)
                 .map(|i| {
@@ -130,7 +130,6 @@ fn large_tensors() {
     with_clipper(|clipper| {
         let mut source = Source::new(5);
         for dtype in DTYPES {
-            // More tiles than the threads that fold them.
             let list = [source.tensor(dtype, LARGE.bytes / dtype.size() + 5, 1), source.tensor(dtype, 100, 0)];
             for norm_type in NORM_TYPES {
                 let clip = ClipNorm::new(1e-3).norm_type(norm_type);

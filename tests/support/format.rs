@@ -90,7 +90,14 @@ impl Format {
         if self.is_inf(bits) {
             return f64::from_bits(sign | f64::INFINITY.to_bits());
         }
-        f64::from_bits(Self::of(Dtype::F64).nearest(&self.decode(bits)))
+        let Exact { mantissa, exponent, .. } = self.decode(bits);
+        if mantissa >> (self.precision - 1) == 0 {
+            return f64::from_bits(Self::of(Dtype::F64).nearest(&self.decode(bits)));
+        }
+        // The leading bit of a normal element has this exponent; the others go below it.
+        let leading = (exponent + self.precision as i32 - 1 + 1023) as u64;
+        let fraction = (mantissa as u64) << (53 - self.precision) & ((1 << 52) - 1);
+        f64::from_bits(sign | leading << 52 | fraction)
     }
 
     /// Bits of the largest magnitude that is not above that of `exact`, and whether they are equal.

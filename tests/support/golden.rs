@@ -91,6 +91,13 @@ pub struct Counts {
     pub peer_differs: BTreeMap<String, usize>,
 }
 
+impl Counts {
+    pub fn add(&mut self, golden: &Golden) {
+        *self.cases.entry(golden.peer.clone()).or_default() += 1;
+        *self.peer_differs.entry(golden.peer.clone()).or_default() += usize::from(golden.peer_differs.is_some());
+    }
+}
+
 impl std::fmt::Display for Counts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (peer, cases) in &self.cases {
@@ -113,18 +120,19 @@ pub fn folder() -> PathBuf {
 
 /// Runs every case of a file, and judges it. Panics with all that is wrong.
 pub fn check(file: &str, run: impl Fn(&Case) -> Outcome) -> Counts {
-    let mut counts = Counts::default();
-    let mut wrong = Vec::new();
-    for golden in read(file) {
-        if let Err(what) = judge(&golden, &run) {
-            wrong.push(format!("{}: {what}", golden.case.name));
-        }
-        *counts.cases.entry(golden.peer.clone()).or_default() += 1;
-        *counts.peer_differs.entry(golden.peer.clone()).or_default() += usize::from(golden.peer_differs.is_some());
-    }
+    let goldens = read(file);
+    let wrong = wrong_cases(&goldens, run);
     assert!(wrong.is_empty(), "{} of the cases in {file} are wrong:\n{}", wrong.len(), first_lines(&wrong, 25));
+    let mut counts = Counts::default();
+    goldens.iter().for_each(|golden| counts.add(golden));
     println!("{file}\n{counts}");
     counts
+}
+
+/// What is wrong, a line for each case that is.
+pub fn wrong_cases(goldens: &[Golden], run: impl Fn(&Case) -> Outcome) -> Vec<String> {
+    let wrong = |golden: &Golden| judge(golden, &run).err().map(|what| format!("{}: {what}", golden.case.name));
+    goldens.iter().filter_map(wrong).collect()
 }
 
 fn first_lines(lines: &[String], most: usize) -> String {
@@ -258,15 +266,12 @@ fn judge_products(golden: &Golden, outcome: &Outcome, clip_coef: f64) -> Verdict
         let format = before.format();
         for (index, (x, got)) in before.bits().into_iter().zip(after.bits()).enumerate() {
             let exact = product(format, x, clip_coef);
-            let (value, expected) = (format.value(got), format.value(format.nearest(&exact)));
+            let sign_kept = (got & format.sign_bit() != 0) == exact.negative;
             require!(
-                within_one_unit(format, &exact, got),
-                "element {index} of tensor {tensor} is {value:e}, x * c is {expected:e}"
-            );
-            let sign = (got ^ format.nearest(&exact)) & format.sign_bit();
-            require!(
-                sign == 0,
-                "element {index} of tensor {tensor} is {value:e}, x * c is {expected:e}: the sign is lost"
+                sign_kept && within_one_unit(format, &exact, got),
+                "element {index} of tensor {tensor} is {:e}, x * c is {:e}",
+                format.value(got),
+                format.value(format.nearest(&exact))
             );
         }
     }
@@ -279,6 +284,7 @@ fn judge_elements(golden: &Golden, outcome: &Outcome, norm_error: f64) -> Verdic
     require!(exact_grads.len() == outcome.grads.len(), "{} tensors", outcome.grads.len());
     for (tensor, (exact, after)) in exact_grads.iter().zip(&outcome.grads).enumerate() {
         let format = exact.format();
+        let peer = if golden.peer_differs.is_none() { peer_values(golden, tensor) } else { None };
         for (index, (exact, got)) in exact.bits().into_iter().zip(after.bits()).enumerate() {
             // One step for the rounding, and what the error of the norm amounts to: nothing visible but in f64.
             let (exact, value) = (format.value(exact), format.value(got));
@@ -287,8 +293,7 @@ fn judge_elements(golden: &Golden, outcome: &Outcome, norm_error: f64) -> Verdic
                 (value - exact).abs() <= allowed,
                 "element {index} of tensor {tensor} is {value:e}, exact {exact:e}"
             );
-            if let (Some(peer), None) = (&golden.peer_grads, &golden.peer_differs) {
-                let peer = format.value(peer[tensor].bits()[index]);
+            if let Some(peer) = peer.as_ref().map(|peer| peer[index]) {
                 let allowed = allowed + tolerance::peer_element(&golden.case.grads, format, exact);
                 require!(
                     (value - peer).abs() <= allowed,
@@ -343,15 +348,20 @@ fn judge_policy(golden: &Golden, exact: f64, max_norm: f64, policy: NonFinite, o
 /// x * c where one of them is not finite: as IEEE 754 has it, and as a peer has it that was not asked to be right.
 fn judge_propagated(golden: &Golden, outcome: &Outcome, clip_coef: f64) -> Verdict {
     for (tensor, (before, after)) in golden.case.grads.iter().zip(&outcome.grads).enumerate() {
+        let peer = peer_values(golden, tensor);
         for (index, (x, got)) in before.values().into_iter().zip(after.values()).enumerate() {
             let expected = x * clip_coef;
-            let peer = golden.peer_grads.as_ref().map_or(expected, |peer| peer[tensor].values()[index]);
+            let peer = peer.as_ref().map_or(expected, |peer| peer[index]);
             let at = format!("element {index} of tensor {tensor}");
             require!(identical(got, expected), "{at} is {got}, {x} * {clip_coef} is {expected}");
             require!(identical(got, peer), "{at} is {got}, {} has {peer}", golden.peer);
         }
     }
     Ok(())
+}
+
+fn peer_values(golden: &Golden, tensor: usize) -> Option<Vec<f64>> {
+    golden.peer_grads.as_ref().map(|tensors| tensors[tensor].values())
 }
 
 /// The same bits, or both NaN.

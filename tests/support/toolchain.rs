@@ -7,7 +7,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::{env, fs, io, thread};
 
 use anyhow::{bail, ensure, Context, Result};
@@ -75,6 +75,9 @@ impl Compiler {
 
     /// The file, built now or earlier. An error carries what the compiler printed.
     pub fn build(&self, build: &Build) -> Result<PathBuf> {
+        // One at a time in a process, so that nothing is compiled twice; the processes do not wait for each other.
+        static BUILDING: Mutex<()> = Mutex::new(());
+        let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
         let objects = self.compile_all(build)?;
         let mut link_flags: Vec<OsString> = build.compile_flags.iter().map(OsString::from).collect();
         link_flags.extend_from_slice(build.link_flags);

@@ -55,6 +55,7 @@ CUresult begin_capture(CUstream handle, int mode) {
 CUresult capture_info(CUstream handle, int* status, uint64_t* id, CUgraph* graph) {
   std::shared_ptr<Stream> stream;
   if (const CUresult result = find_stream(handle, stream)) return result;
+  if (const CUresult refused = refuse_legacy_during_capture(*stream, false)) return refused;
   const Graph* capture = stream->capture.get();
   *status = !capture ? kCaptureNone : capture->invalidated ? kCaptureInvalidated : kCaptureActive;
   if (id) *id = capture ? capture->id : 0;
@@ -63,8 +64,6 @@ CUresult capture_info(CUstream handle, int* status, uint64_t* id, CUgraph* graph
 }
 
 }  // namespace
-
-bool is_capturing(const Stream& stream) { return stream.capture != nullptr; }
 
 CUresult refuse_during_capture() {
   for (const auto& graph : active_captures()) {

@@ -160,7 +160,8 @@ CUresult wait_for(const std::shared_ptr<Stream>& stream);
 
 // Capture (capture.cpp).
 CUresult refuse_during_capture();  // for calls that are unsafe in a capture: invalidates it
-bool is_capturing(const Stream& stream);
+// The legacy stream cannot be used while a blocking stream of its context captures: the two would depend on each other.
+CUresult refuse_legacy_during_capture(const Stream& stream, bool invalidate);
 CUresult join_capture(const std::shared_ptr<Stream>& stream, const EventRecord& record);
 
 // Contexts (contexts.cpp).

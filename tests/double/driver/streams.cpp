@@ -87,6 +87,17 @@ CUresult find_stream(CUstream handle, std::shared_ptr<Stream>& out) {
   return out->context->broken;
 }
 
+CUresult refuse_legacy_during_capture(const Stream& stream, bool invalidate) {
+  if (!stream.legacy) return CUDA_SUCCESS;
+  CUresult refused = CUDA_SUCCESS;
+  for_each_stream(stream.context, [&](const std::shared_ptr<Stream>& other) {
+    if (!other->capture || !other->blocking()) return;
+    if (invalidate) other->capture->invalidated = true;
+    refused = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  });
+  return refused;
+}
+
 CUresult issue(const std::shared_ptr<Stream>& stream, NodeType type, Work work) {
   if (stream->capture) {
     if (stream->capture->invalidated) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
@@ -95,16 +106,7 @@ CUresult issue(const std::shared_ptr<Stream>& stream, NodeType type, Work work) 
     if (stream->capture->streams.front().lock() != stream) stream->joined = false;
     return CUDA_SUCCESS;
   }
-  if (stream->legacy) {
-    CUresult refused = CUDA_SUCCESS;
-    for_each_stream(stream->context, [&](const std::shared_ptr<Stream>& other) {
-      if (other->capture && other->blocking()) {
-        other->capture->invalidated = true;
-        refused = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
-      }
-    });
-    if (refused) return refused;
-  }
+  if (const CUresult refused = refuse_legacy_during_capture(*stream, true)) return refused;
   wait_for_legacy_rules(stream);
   push(stream, {std::move(work), nullptr, 0});
   if (!driver().settings.deferred) drain(*stream, stream->issued);
@@ -156,6 +158,7 @@ CUresult wait_for(const std::shared_ptr<Stream>& stream) {
     stream->capture->invalidated = true;
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
+  if (const CUresult refused = refuse_legacy_during_capture(*stream, true)) return refused;
   ++counters().syncs;
   drain(*stream, stream->issued);
   return stream->context->broken;
@@ -206,6 +209,7 @@ DRIVER_API CUresult cuStreamQuery(CUstream handle) {
     stream->capture->invalidated = true;
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
+  if (const CUresult refused = refuse_legacy_during_capture(*stream, true)) return refused;
   return stream->completed < stream->issued ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
 }
 
