@@ -22,7 +22,7 @@ fn a_kernel_runs_and_its_result_comes_back() {
     let Some(double) = support::double::lock() else { return };
     let context = CudaContext::new(0).unwrap();
     let stream = context.default_stream();
-    let function = toy(&context, "toy_axpy");
+    let function = toy(&context, "toy_axpy").unwrap();
     let input = stream.clone_htod(&[1.0f32, 2.0, 3.0]).unwrap();
     let mut out = stream.clone_htod(&[10.0f32, 20.0, 30.0]).unwrap();
     axpy(&stream, &function, &mut out, &input, 2.0).unwrap();
@@ -98,7 +98,7 @@ fn two_devices_are_kept_apart() {
         unsafe { sys::cuStreamGetCtx(streams[ordinal].cu_stream(), &mut owner) }.result().unwrap();
         assert_eq!(owner, contexts[ordinal].cu_ctx());
     }
-    let function = toy(&contexts[1], "toy_axpy");
+    let function = toy(&contexts[1], "toy_axpy").unwrap();
     let mut out = streams[0].alloc_zeros::<f32>(4).unwrap();
     let error = axpy(&streams[0], &function, &mut out, &inputs[0], 1.0).unwrap_err();
     assert_eq!(error.0, CUresult::CUDA_ERROR_INVALID_HANDLE, "a function of one device on a stream of the other");

@@ -44,9 +44,9 @@ impl From<Error> for candle_core::Error {
 ///
 /// # Errors
 /// A gradient on another device than the CPU, or of another dtype; gradients that overlap without being the same.
-pub fn total_norm(vars: &[Var], grads: &GradStore) -> Result<NormReport> {
+pub fn total_norm(vars: &[Var], grads: &GradStore, norm_type: NormType) -> Result<NormReport> {
     let list = GradList::gather(vars, grads)?;
-    Ok(list.measure(&ClipNorm::measure_only(NormType::L2))?.0)
+    Ok(list.measure(&ClipNorm::measure_only(norm_type))?.0)
 }
 
 /// Scales the gradients of `vars` so that their norm together is at most `max_norm`; see [`cpu::clip_grad_norm`].

@@ -135,7 +135,9 @@ GRADCLIP_UNSEEN uint32_t next_ready(const Warp& warp, uint32_t lane) {
   return __builtin_ctz(after ? after : warp.ready);
 }
 
-GRADCLIP_UNSEEN uint32_t first_ready(const Warp& warp) { return next_ready(warp, block.grid->order.reversed_threads ? 0 : 31); }
+GRADCLIP_UNSEEN uint32_t first_ready(const Warp& warp) {
+  return next_ready(warp, block.grid->order.reversed_threads ? 0 : 31);
+}
 
 // Leaves the running thread; comes back when somebody has made it ready again and its turn has come.
 GRADCLIP_HARDWARE void leave(uint32_t thread, bool for_good) {

@@ -11,22 +11,9 @@ const ILLEGAL_ADDRESS: Result<(), DriverError> = Err(DriverError(CUresult::CUDA_
 fn whole_program() -> Result<f64, DriverError> {
     let context = CudaContext::new(0)?;
     let stream = context.new_stream()?;
-    let sums = block_sums_or_error(&stream)?;
+    let sums = block_sums(&stream, &[0.5; 256], 1, 1)?;
     stream.synchronize()?;
-    Ok(sums)
-}
-
-// As toys::block_sums, without the unwraps.
-fn block_sums_or_error(stream: &std::sync::Arc<cudarc::driver::CudaStream>) -> Result<f64, DriverError> {
-    let module = stream.context().load_module(cudarc::nvrtc::Ptx::from_src(crate::toys::PTX))?;
-    let function = module.load_function("toy_block_sums")?;
-    let values = stream.clone_htod(&[0.5f64; 256])?;
-    let mut sums = stream.alloc_zeros::<f64>(1)?;
-    let mut launch = stream.launch_builder(&function);
-    launch.arg(&values).arg(&256u32).arg(&mut sums);
-    // SAFETY: the arguments are those of toy_block_sums, for one block.
-    unsafe { launch.launch(crate::toys::blocks(1)) }?;
-    Ok(stream.clone_dtoh(&sums)?[0])
+    Ok(sums[0])
 }
 
 #[test]
@@ -128,7 +115,7 @@ fn a_crashing_kernel_is_reported_later() {
     let Some(double) = support::double::lock() else { return };
     let context = CudaContext::new(0).unwrap();
     let stream = context.default_stream();
-    let function = toy(&context, "toy_axpy");
+    let function = toy(&context, "toy_axpy").unwrap();
     let input = stream.clone_htod(&[1.0f32]).unwrap();
     let mut out = stream.alloc_zeros::<f32>(1).unwrap();
     double.crash_kernel(1, CUresult::CUDA_ERROR_LAUNCH_FAILED as i32);
@@ -143,7 +130,7 @@ fn a_launch_needs_the_block_the_kernel_is_written_for() {
     let Some(_double) = support::double::lock() else { return };
     let context = CudaContext::new(0).unwrap();
     let stream = context.default_stream();
-    let function = toy(&context, "toy_axpy");
+    let function = toy(&context, "toy_axpy").unwrap();
     let input = stream.clone_htod(&[1.0f32]).unwrap();
     let address = input.device_ptr(&stream).0;
     for (grid_dim, block_dim) in [((1, 1, 1), (128, 1, 1)), ((0, 1, 1), (256, 1, 1)), ((1, 2, 1), (256, 1, 1))] {

@@ -35,7 +35,7 @@ fn deferred_work_waits_for_the_host() {
     double.set_deferred(true);
     let context = untracked_context();
     let stream = context.new_stream().unwrap();
-    let function = toy(&context, "toy_axpy");
+    let function = toy(&context, "toy_axpy").unwrap();
     let input = stream.clone_htod(&[1.0f32]).unwrap();
     let mut out = stream.alloc_zeros::<f32>(1).unwrap();
     axpy(&stream, &function, &mut out, &input, 1.0).unwrap();
@@ -126,7 +126,7 @@ fn memory_is_freed_in_stream_order() {
     double.set_deferred(true);
     let context = untracked_context();
     let stream = context.new_stream().unwrap();
-    let function = toy(&context, "toy_axpy");
+    let function = toy(&context, "toy_axpy").unwrap();
     let input = stream.clone_htod(&[3.0f32]).unwrap();
     let mut out = stream.alloc_zeros::<f32>(1).unwrap();
     axpy(&stream, &function, &mut out, &input, 1.0).unwrap();
@@ -140,7 +140,7 @@ fn a_graph_replays_its_kernels_and_reads_its_copies_anew() {
     let Some(double) = support::double::lock() else { return };
     let context = untracked_context();
     let stream = context.new_stream().unwrap();
-    let function = toy(&context, "toy_axpy");
+    let function = toy(&context, "toy_axpy").unwrap();
     let input = stream.alloc_zeros::<f32>(1).unwrap();
     let mut out = stream.alloc_zeros::<f32>(1).unwrap();
     let mut host = pinned(&context, 1.0);

@@ -23,8 +23,8 @@ pub const PTX: &str = "// toy kernels, abridged
 .visible .entry toy_nowhere() { ret; }
 ";
 
-pub fn toy(context: &Arc<CudaContext>, symbol: &str) -> CudaFunction {
-    context.load_module(Ptx::from_src(PTX)).unwrap().load_function(symbol).unwrap()
+pub fn toy(context: &Arc<CudaContext>, symbol: &str) -> Result<CudaFunction, DriverError> {
+    context.load_module(Ptx::from_src(PTX))?.load_function(symbol)
 }
 
 pub fn blocks(count: u32) -> LaunchConfig {
@@ -53,7 +53,7 @@ pub fn block_sums(
     num_blocks: u32,
     room: usize,
 ) -> Result<Vec<f64>, DriverError> {
-    let function = toy(stream.context(), "toy_block_sums");
+    let function = toy(stream.context(), "toy_block_sums")?;
     let count = values.len() as u32;
     let values = stream.clone_htod(values)?;
     let mut sums = stream.alloc_zeros::<f64>(room)?;
@@ -66,7 +66,7 @@ pub fn block_sums(
 
 /// Copies packs of 16 bytes between addresses.
 pub fn copy_packs(stream: &Arc<CudaStream>, to: u64, from: u64, count: u32) -> Result<(), DriverError> {
-    let function = toy(stream.context(), "toy_copy_packs");
+    let function = toy(stream.context(), "toy_copy_packs")?;
     let mut launch = stream.launch_builder(&function);
     launch.arg(&to).arg(&from).arg(&count);
     // SAFETY: the arguments are those of toy_copy_packs; the double checks each address before it is used.

@@ -1,4 +1,5 @@
-//! The driver double: a libcuda of our own, loaded before cudarc looks for one. `tests/double/driver` is the other half.
+//! The driver double: a libcuda of our own, loaded before cudarc looks for one. The other half is in
+//! `tests/double/driver`, and `tests/double/README.md` says what it notices and what it does not simulate.
 
 use std::ffi::{c_char, c_int, CStr, CString, OsString};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};

@@ -18,7 +18,8 @@ typedef struct {
   uint64_t memset_calls, memset_bytes;
   uint64_t allocs, frees, alloc_bytes;
   uint64_t pinned_allocs, pinned_frees;
-  uint64_t syncs;  // anything that makes the host wait: synchronise calls, synchronous copies, copies to pageable memory
+  // Anything that makes the host wait: synchronise calls, synchronous copies, copies to pageable memory, cuMemFree.
+  uint64_t syncs;
   uint64_t event_records, event_waits;
   uint64_t module_loads, graph_instantiations;
   uint64_t faults;  // accesses outside live allocations

@@ -1,5 +1,5 @@
-// Modules. An image has to be PTX that this driver and device would take; a function is a name that the PTX declares and
-// that this library was built with, with parameters of the same sizes.
+// Modules. An image has to be PTX that this driver and device would take; a function is a name that the PTX declares
+// and that this library was built with, with parameters of the same sizes.
 #include <cctype>
 #include <cstdio>
 #include <cstdlib>

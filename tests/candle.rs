@@ -1,0 +1,164 @@
+//! The candle adapter on CPU tensors.
+#![cfg(feature = "candle")]
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Storage, Tensor, Var};
+use gradclip::candle::{clip_grad_norm, clip_grad_value, total_norm};
+use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormType};
+
+fn var(values: &[f32]) -> Var {
+    Var::new(values, &Device::Cpu).unwrap()
+}
+
+/// A store in which each variable's gradient is the given tensor.
+fn store(vars: &[Var], grads: &[Tensor]) -> GradStore {
+    let mut store = var(&[1.0]).sum_all().unwrap().backward().unwrap();
+    for (var, grad) in vars.iter().zip(grads) {
+        store.insert(var, grad.clone());
+    }
+    store
+}
+
+fn tensor(values: &[f32]) -> Tensor {
+    Tensor::new(values, &Device::Cpu).unwrap()
+}
+
+fn values(store: &GradStore, var: &Var) -> Vec<f64> {
+    store.get(var).unwrap().flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
+}
+
+fn storage_address(tensor: &Tensor) -> usize {
+    std::ptr::from_ref::<Storage>(&tensor.storage_and_layout().0) as usize
+}
+
+#[test]
+fn a_training_step() {
+    let (weight, bias) = (var(&[3.0]), var(&[4.0]));
+    let vars = [weight.clone(), bias.clone()];
+    let loss = ((weight.sqr().unwrap() + bias.sqr().unwrap()).unwrap() * 0.5).unwrap().sum_all().unwrap();
+    let mut grads = loss.backward().unwrap();
+    let before = storage_address(grads.get(&weight).unwrap());
+    assert_eq!(total_norm(&vars, &grads, NormType::L1).unwrap().total_norm, 7.0);
+    let report = clip_grad_norm(&vars, &mut grads, 2.5).unwrap();
+    assert_eq!((report.total_norm, report.clip_coef, report.written), (5.0, 0.5, true));
+    assert_eq!((values(&grads, &weight), values(&grads, &bias)), (vec![1.5], vec![2.0]));
+    assert_eq!(storage_address(grads.get(&weight).unwrap()), before, "in place");
+    let report = clip_grad_value(&vars, &mut grads, 1.75).unwrap();
+    assert_eq!((report.clipped, values(&grads, &bias)), (1, vec![1.75]));
+}
+
+#[test]
+fn every_dtype_and_mixtures() {
+    let vars = [var(&[0.0]), var(&[0.0]), var(&[0.0]), var(&[0.0])];
+    let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
+    let grads: Vec<Tensor> = dtypes.iter().map(|&dtype| tensor(&[2.0, -2.0]).to_dtype(dtype).unwrap()).collect();
+    let mut grads = store(&vars, &grads);
+    let report = clip_grad_norm(&vars, &mut grads, 32f64.sqrt() / 2.0).unwrap();
+    assert_eq!(report.total_norm, 32f64.sqrt());
+    for var in &vars {
+        assert_eq!(values(&grads, var), [1.0, -1.0]);
+    }
+}
+
+#[test]
+fn only_the_given_variables_and_only_those_with_a_gradient() {
+    let (with, without, other) = (var(&[0.0]), var(&[0.0]), var(&[0.0]));
+    let mut grads = store(&[with.clone(), other.clone()], &[tensor(&[3.0]), tensor(&[400.0])]);
+    let report = clip_grad_norm(&[without.clone(), with.clone()], &mut grads, 1.0).unwrap();
+    assert_eq!(report.total_norm, 3.0);
+    assert_eq!((values(&grads, &with), values(&grads, &other)), (vec![1.0], vec![400.0]));
+    assert!(grads.get(&without).is_none());
+    assert_eq!(clip_grad_norm(&[], &mut grads, 1.0).unwrap().total_norm, 0.0);
+}
+
+#[test]
+fn views_that_are_not_contiguous_are_replaced() {
+    let weight = var(&[0.0]);
+    let base = Tensor::new(&[[3.0f32, 9.0], [4.0, 9.0]], &Device::Cpu).unwrap();
+    let column = base.t().unwrap().narrow(0, 0, 1).unwrap();
+    let transposed = base.t().unwrap();
+    for (grad, norm) in [(column, 5.0), (transposed, (9.0 + 16.0 + 162f64).sqrt())] {
+        let expected: Vec<f64> = grad.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap();
+        let mut grads = store(std::slice::from_ref(&weight), &[grad]);
+        let report = clip_grad_norm(std::slice::from_ref(&weight), &mut grads, norm / 2.0).unwrap();
+        assert!((report.total_norm / norm - 1.0).abs() < 1e-12);
+        for (got, x) in values(&grads, &weight).iter().zip(&expected) {
+            assert!((got - x / 2.0).abs() < 1e-6);
+        }
+    }
+    assert_eq!(base.to_vec2::<f32>().unwrap(), [[3.0, 9.0], [4.0, 9.0]], "the memory behind the view is untouched");
+}
+
+#[test]
+fn a_contiguous_part_of_a_larger_storage_is_clipped_alone() {
+    let weight = var(&[0.0]);
+    let base = tensor(&[9.0, 3.0, 4.0, 9.0]);
+    let mut grads = store(std::slice::from_ref(&weight), &[base.narrow(0, 1, 2).unwrap()]);
+    clip_grad_norm(std::slice::from_ref(&weight), &mut grads, 2.5).unwrap();
+    assert_eq!(values(&grads, &weight), [1.5, 2.0]);
+    assert_eq!(base.to_vec1::<f32>().unwrap(), [9.0, 1.5, 2.0, 9.0]);
+}
+
+#[test]
+fn a_shared_gradient_is_counted_and_clipped_once() {
+    let vars = [var(&[0.0]), var(&[0.0]), var(&[0.0])];
+    let shared = tensor(&[3.0, 4.0]);
+    for verb in [0, 1] {
+        let shared = shared.copy().unwrap();
+        let mut grads = store(&vars, &[shared.clone(), shared.clone(), tensor(&[12.0])]);
+        if verb == 0 {
+            assert_eq!(clip_grad_norm(&vars, &mut grads, 6.5).unwrap().total_norm, 13.0);
+            assert_eq!(values(&grads, &vars[1]), [1.5, 2.0]);
+        } else {
+            assert_eq!(clip_grad_value(&vars, &mut grads, 3.5).unwrap().clipped, 2);
+            assert_eq!(values(&grads, &vars[1]), [3.0, 3.5]);
+        }
+    }
+    // A part of another gradient is not the same one: refused, by the numbers of the variables.
+    let mut grads = store(&vars[1..], &[shared.clone(), shared.narrow(0, 1, 1).unwrap()]);
+    let error = clip_grad_norm(&vars, &mut grads, 1.0).unwrap_err();
+    assert_eq!(error, Error::Overlap { first: 1, second: 2 });
+    assert_eq!(clip_grad_value(&vars, &mut grads, 1.0).unwrap_err(), Error::Overlap { first: 1, second: 2 });
+    assert_eq!(shared.to_vec1::<f32>().unwrap(), [3.0, 4.0]);
+}
+
+#[test]
+fn bad_input_touches_nothing() {
+    let vars = [var(&[0.0]), var(&[0.0]), var(&[0.0])];
+    let good = tensor(&[30.0, 40.0]);
+    let integer = Tensor::new(&[7u32], &Device::Cpu).unwrap();
+    let mut grads = store(&[vars[0].clone(), vars[2].clone()], &[good.clone(), integer]);
+    let unsupported = Error::UnsupportedDtype { tensor: 2, got: "u32".into() };
+    assert_eq!(clip_grad_norm(&vars, &mut grads, 1.0).unwrap_err(), unsupported);
+    assert_eq!(clip_grad_value(&vars, &mut grads, 1.0).unwrap_err(), unsupported);
+    assert_eq!(total_norm(&vars, &grads, NormType::L2).unwrap_err(), unsupported);
+    let threshold = clip_grad_norm(&vars[..1], &mut grads, -1.0).unwrap_err();
+    assert!(matches!(threshold, Error::InvalidThreshold { name: "max_norm", .. }));
+    assert!(clip_grad_value(&vars[..1], &mut grads, ClipValue::between(2.0, 1.0)).is_err());
+    assert_eq!(good.to_vec1::<f32>().unwrap(), [30.0, 40.0]);
+    // As an error of candle's, for `?` in its functions.
+    let framework: candle_core::Error = threshold.into();
+    assert!(framework.to_string().contains("max_norm"));
+}
+
+#[test]
+fn policies_and_the_index_of_the_variable() {
+    let vars = [var(&[0.0]), var(&[0.0]), var(&[0.0])];
+    for (policy, expected) in [
+        (NonFinite::Skip, [f64::INFINITY, 3.0]),
+        (NonFinite::Zero, [0.0, 0.0]),
+        (NonFinite::Propagate, [f64::NAN, 0.0]),
+    ] {
+        let mut grads = store(&[vars[2].clone(), vars[0].clone()], &[tensor(&[f32::INFINITY]), tensor(&[3.0])]);
+        let report = clip_grad_norm(&vars, &mut grads, ClipNorm::new(1.0).nonfinite(policy)).unwrap();
+        assert_eq!((report.total_norm, report.first_nonfinite), (f64::INFINITY, Some(2)));
+        let got = [values(&grads, &vars[2])[0], values(&grads, &vars[0])[0]];
+        assert!(got.iter().zip(expected).all(|(a, b)| *a == b || a.is_nan() && b.is_nan()), "{policy:?}: {got:?}");
+    }
+    let mut grads = store(&vars[1..2], &[tensor(&[f32::NAN])]);
+    let error = clip_grad_norm(&vars, &mut grads, ClipNorm::new(1.0).nonfinite(NonFinite::Error)).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { tensor: Some(1), .. }));
+    let report = clip_grad_value(&vars, &mut grads, 1.0).unwrap();
+    assert_eq!((report.nan, report.first_nonfinite, report.written), (1, Some(1), false));
+}

@@ -1,0 +1,143 @@
+//! The kernels themselves, compiled as C++ into a program of their own, against the CPU path bit for bit. Each gradient
+//! is a heap block of exactly its size, so that the address sanitizer sees one byte too many; the thread sanitizer sees
+//! a missing barrier. `GRADCLIP_HOST_SANITIZER` = `address,undefined` or `thread` chooses; by default none.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+#[path = "suite/data.rs"]
+mod data;
+mod support;
+
+use data::{bits, Source, Tensor, Values, DTYPES};
+use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormType};
+use support::runner::{self, Case, Operation, Runner};
+
+fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
+    let dtype = match tensor.values {
+        Values::F32(_) => runner::Dtype::F32,
+        Values::F64(_) => runner::Dtype::F64,
+        Values::F16(_) => runner::Dtype::F16,
+        Values::BF16(_) => runner::Dtype::BF16,
+    };
+    let size = dtype.size();
+    let data = tensor.values.bits().iter().flat_map(|bits| bits.to_le_bytes()[..size].to_vec()).collect();
+    runner::Tensor { dtype, misalign: (tensor.offset * size % 16) as u32, data }
+}
+
+fn bits_of(tensor: &runner::Tensor, bytes: &[u8]) -> Vec<u64> {
+    let widen = |element: &[u8]| element.iter().rev().fold(0, |bits, &byte| bits << 8 | u64::from(byte));
+    bytes.chunks(tensor.dtype.size()).map(widen).collect()
+}
+
+/// Lists with every border, alignment and special value, small enough for the sanitizers.
+fn lists() -> Vec<Vec<Tensor>> {
+    let mut source = Source::new(11);
+    let mut lists = vec![vec![], vec![source.tensor(Dtype::F32, 0, 0)]];
+    for dtype in DTYPES {
+        let tile = 32 * 1024 / dtype.size();
+        let pack = tile / 2048;
+        let sizes = [1, pack - 1, pack, pack + 1, tile / 8 - 1, tile / 8, tile / 8 + 1, tile - 1, tile + 1, 2 * tile];
+        let mut list = Vec::new();
+        for (i, numel) in sizes.into_iter().enumerate() {
+            list.push(source.tensor(dtype, numel, i % pack));
+            if i % 4 == 0 {
+                list.push(source.tensor(DTYPES[i % 3], 0, 0));
+            }
+        }
+        lists.push(list);
+        // A misaligned tensor with several segments: the realigned loads go up to its very ends.
+        lists.push((1..=pack).map(|offset| source.tensor(dtype, 3 * tile / 8 + offset, offset)).collect());
+        // Out of range, NaN and Inf.
+        for special in [1e-30, 1e30, f64::NAN, f64::INFINITY, 0.0] {
+            let mut tensor = source.tensor(dtype, tile / 4 + 5, 1);
+            let mut values = tensor.values.to_f64();
+            if special == 0.0 {
+                values.fill(0.0);
+            }
+            values[tile / 8 + 1] = special;
+            tensor.values = Values::from_f64(dtype, values);
+            lists.push(vec![source.tensor(Dtype::F32, 3, 0), tensor]);
+        }
+    }
+    lists
+}
+
+struct Expected {
+    norm: u64,
+    coef: u64,
+    tensors: Vec<Vec<u64>>,
+    clipped: u64,
+    nan: u64,
+}
+
+#[test]
+fn kernels_and_cpu_path_agree() {
+    let Some(runner) = Runner::from_env() else { return };
+    let mut cases = Vec::new();
+    let mut expected = Vec::new();
+    let mut names = Vec::new();
+    for (index, list) in lists().into_iter().enumerate() {
+        let tensors: Vec<_> = list.iter().map(runner_tensor).collect();
+        for (variant, norm_type) in [NormType::L1, NormType::L2, NormType::Inf].into_iter().enumerate() {
+            let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
+            let clip = ClipNorm::new(1e-3).norm_type(norm_type).nonfinite(policy);
+            let mut clipped = list.clone();
+            let report = cpu::clip_grad_norm(&mut clipped, clip).unwrap();
+            cases.push(Case {
+                tensors: tensors.clone(),
+                operation: Operation::ClipNorm {
+                    max_norm: 1e-3,
+                    eps: 0.0,
+                    norm_type: norm_type as u32,
+                    nonfinite: ((index + variant) % 3) as u32,
+                },
+                table_in_memory: variant == 1,
+                with_scales: true,
+                blocks: 1 + 2 * (index as u32 % 2),
+                reversed: (index + variant) % 2 == 1,
+            });
+            expected.push(Expected {
+                norm: report.total_norm.to_bits(),
+                coef: report.clip_coef.to_bits(),
+                tensors: bits(&clipped),
+                clipped: 0,
+                nan: 0,
+            });
+            names.push(format!("list {index}, {norm_type:?}, {policy:?}"));
+        }
+        // A bound that every dtype holds, so that the case needs no rounding of its own.
+        let bound = 0.0078125;
+        let mut clamped = list.clone();
+        let report = cpu::clip_grad_value(&mut clamped, ClipValue::new(bound)).unwrap();
+        let of_f32 = [-bound as f32, bound as f32];
+        cases.push(Case {
+            tensors,
+            operation: Operation::Clamp { f64: [-bound, bound], f32: of_f32, f16: of_f32, bf16: of_f32 },
+            table_in_memory: index % 2 == 0,
+            with_scales: false,
+            blocks: 2,
+            reversed: index % 2 == 1,
+        });
+        expected.push(Expected {
+            norm: 0f64.to_bits(),
+            coef: 1f64.to_bits(),
+            tensors: bits(&clamped),
+            clipped: report.clipped,
+            nan: report.nan,
+        });
+        names.push(format!("list {index}, value"));
+    }
+    let outcomes = runner.run(&cases);
+    assert_eq!(outcomes.len(), expected.len());
+    for (((outcome, case), expected), what) in outcomes.iter().zip(&cases).zip(&expected).zip(&names) {
+        assert_eq!(outcome.report.total_norm.to_bits(), expected.norm, "{what}: norm");
+        assert_eq!(outcome.report.clip_coef.to_bits(), expected.coef, "{what}: coefficient");
+        assert_eq!(
+            (outcome.report.clipped_elements, outcome.report.nan_elements),
+            (expected.clipped, expected.nan),
+            "{what}"
+        );
+        let tensors: Vec<_> =
+            case.tensors.iter().zip(&outcome.tensors).map(|(tensor, bytes)| bits_of(tensor, bytes)).collect();
+        assert_eq!(tensors, expected.tensors, "{what}: gradients");
+    }
+}
