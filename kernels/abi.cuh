@@ -80,7 +80,7 @@ struct ReportSlot {
   u64 first_bad_tile;    // lowest tile that holds a NaN or an Inf, or kNoTile
   u64 clipped_elements;  // value clipping
   u64 nan_elements;      // value clipping
-  float coef_hi;         // clip_coef rounded to f32 ...
+  float coef_hi;         // clip_coef rounded down to f32 ...
   float coef_lo;         // ... and what that left over
   u32 action;
   u32 reserved[3];

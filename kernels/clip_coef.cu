@@ -27,8 +27,11 @@ __device__ __forceinline__ void decide(const ClipParams& params, double total_no
   }
   report->total_norm = total_norm;
   report->clip_coef = clip_coef;
-  report->coef_hi = static_cast<float>(clip_coef);
-  report->coef_lo = static_cast<float>(add(clip_coef, -static_cast<double>(report->coef_hi)));
+  // Rounded down, so that coef_lo is not negative and a -0 keeps its sign in x * coef_hi + x * coef_lo.
+  float coef_hi = static_cast<float>(clip_coef);
+  if (static_cast<double>(coef_hi) > clip_coef) coef_hi = f32_from_bits(bits_of(coef_hi) - 1);
+  report->coef_hi = coef_hi;
+  report->coef_lo = static_cast<float>(add(clip_coef, -static_cast<double>(coef_hi)));
   report->action = action;
 }
 

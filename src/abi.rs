@@ -117,7 +117,7 @@ pub struct ReportSlot {
     pub clipped_elements: u64,
     /// Value clipping: NaNs.
     pub nan_elements: u64,
-    /// `clip_coef` in f32.
+    /// `clip_coef` in f32, rounded down.
     pub coef_hi: f32,
     /// What that left over.
     pub coef_lo: f32,

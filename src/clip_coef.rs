@@ -16,8 +16,11 @@ pub(crate) struct Verdict {
 }
 
 impl Verdict {
+    /// The coefficient in f32, rounded down, so that `coef_lo` is not negative and a -0 keeps its sign in
+    /// `x * coef_hi + x * coef_lo`.
     pub(crate) fn coef_hi(&self) -> f32 {
-        self.clip_coef as f32
+        let nearest = self.clip_coef as f32;
+        if f64::from(nearest) > self.clip_coef { f32::from_bits(nearest.to_bits() - 1) } else { nearest }
     }
 
     /// `coef_hi + coef_lo` has 48 bits of the coefficient.

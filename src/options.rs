@@ -141,10 +141,10 @@ impl ClipValue {
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
-        if self.symmetric && !(self.hi >= 0.0) {
+        if self.symmetric && (self.hi.is_nan() || self.hi < 0.0) {
             return Err(Error::InvalidThreshold { name: "clip_value", expected: "zero or positive", got: self.hi });
         }
-        if !(self.lo <= self.hi) {
+        if self.lo.is_nan() || self.hi.is_nan() || self.lo > self.hi {
             return Err(Error::InvalidBounds { lo: self.lo, hi: self.hi });
         }
         Ok(())

@@ -25,8 +25,7 @@ use std::f64::consts::TAU;
 const SUMS: [NormType; 2] = [NormType::L1, NormType::L2];
 
 /// Around one element, a pack, a warp, a row, a segment and a tile of each type, and over several tiles.
-const LENGTHS: [usize; 17] =
-    [1, 2, 3, 7, 31, 32, 33, 127, 128, 129, 1000, 4096, 8191, 8192, 8193, 16385, 100_000];
+const LENGTHS: [usize; 17] = [1, 2, 3, 7, 31, 32, 33, 127, 128, 129, 1000, 4096, 8191, 8192, 8193, 16385, 100_000];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Data {

@@ -38,8 +38,7 @@ where
 
 /// Coefficients of every kind: plain, of f32's least exponents, below what f32 can split, below f32, below f64's
 /// normal range.
-const COEFS: [f64; 12] =
-    [0.999999, 0.75, 1.0 / 3.0, 0.1, 1e-3, 3e-5, 6e-8, 1e-20, 3.3e-30, 1e-40, 1e-80, 2.5e-310];
+const COEFS: [f64; 12] = [0.999999, 0.75, 1.0 / 3.0, 0.1, 1e-3, 3e-5, 6e-8, 1e-20, 3.3e-30, 1e-40, 1e-80, 2.5e-310];
 
 fn every_product_is_within_one_unit<T: Float>()
 where
@@ -178,7 +177,11 @@ fn finite_bounds_against_every_pattern() {
             let report = cpu::clip_grad_value(&mut grads, format.value(bound)).unwrap();
             let expected = |bits: u64| {
                 let outside = format.magnitude(bits) > bound && !format.is_nan(bits);
-                if outside { bits & format.sign_bit() | bound } else { bits }
+                if outside {
+                    bits & format.sign_bit() | bound
+                } else {
+                    bits
+                }
             };
             for (bits, got) in (0..=0xffff).zip(&grads[0]) {
                 assert_eq!(got.bits(), expected(bits), "{:?} limited to {bound:#06x}", T::of_bits(bits));

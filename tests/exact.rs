@@ -216,7 +216,10 @@ fn tolerances_keep_the_promises() {
     for dtype in [Dtype::F32, Dtype::F64] {
         for norm_type in [L1, L2] {
             let any_length = tolerance::norm_of(dtype, 1 << 34, norm_type);
-            assert!(any_length <= tolerance::promised_on_normal_data(dtype, 1 << 34, norm_type), "{dtype} {norm_type:?}");
+            assert!(
+                any_length <= tolerance::promised_on_normal_data(dtype, 1 << 34, norm_type),
+                "{dtype} {norm_type:?}"
+            );
         }
     }
 }

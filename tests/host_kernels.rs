@@ -49,7 +49,7 @@ fn lists() -> Vec<Vec<Tensor>> {
         // Out of range, NaN and Inf.
         for special in [1e-30, 1e30, f64::NAN, f64::INFINITY, 0.0] {
             let mut tensor = source.tensor(dtype, tile / 4 + 5, 1);
-            let mut values = tensor.values.to_f64();
+            let mut values = tensor.values.values();
             if special == 0.0 {
                 values.fill(0.0);
             }

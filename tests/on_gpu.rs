@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod suite;
+mod support;
 
 mod backend {
     use gradclip::cuda::{self, Clipper};

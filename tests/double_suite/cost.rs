@@ -124,7 +124,7 @@ fn new_addresses_cost_one_copy_and_no_wait() {
             });
         }
         // Were a staging buffer reused while a copy from it is queued, a step would have clipped another step's list.
-        let norm = list.iter().flat_map(|tensor| tensor.values.to_f64()).map(|x| x * x).sum::<f64>().sqrt();
+        let norm = list.iter().flat_map(|tensor| tensor.values.values()).map(|x| x * x).sum::<f64>().sqrt();
         for (step, pending) in pending.iter().enumerate() {
             let expected = if step < 6 { norm } else { 10.0 / (step - 5) as f64 };
             let got = pending.wait().unwrap().total_norm;

@@ -76,7 +76,7 @@ impl OnDevice {
 
     pub fn download(&self, list: &mut [Tensor]) {
         for ((slice, offset), tensor) in self.slices.iter().zip(list) {
-            let part = *offset..*offset + tensor.values.len();
+            let part = *offset..*offset + tensor.values.numel();
             if part.is_empty() {
                 continue;
             }
@@ -99,7 +99,7 @@ impl OnDevice {
             .iter_mut()
             .zip(list)
             .map(|((slice, offset), tensor)| {
-                let part = *offset..*offset + tensor.values.len();
+                let part = *offset..*offset + tensor.values.numel();
                 match slice {
                     Slice::F32(slice) => View::F32(slice.slice_mut(part)),
                     Slice::F64(slice) => View::F64(slice.slice_mut(part)),

@@ -5,5 +5,6 @@
 pub mod data;
 pub mod device;
 
+mod golden;
 mod parity;
 mod semantics;

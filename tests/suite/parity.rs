@@ -185,7 +185,7 @@ fn specials_at_every_place_and_by_every_policy() {
                 for place in [0, 1, tile / 2 + 11, tile, tile + 2] {
                     let mut list =
                         vec![source.tensor(dtype, 10, 0), tensor(dtype, &[]), source.tensor(dtype, tile + 3, 1)];
-                    let mut values = list[2].values.to_f64();
+                    let mut values = list[2].values.values();
                     values[place] = special;
                     list[2].values = Values::from_f64(dtype, values);
                     for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {

@@ -190,11 +190,7 @@ pub fn power_of_two(exponent: i32) -> f64 {
 /// `x * c`, exactly: 53 by 53 bits.
 pub fn product(format: Format, bits: u64, c: f64) -> Exact {
     let (x, c) = (format.decode(bits), Format::of(Dtype::F64).decode(c.to_bits()));
-    Exact {
-        negative: x.negative != c.negative,
-        mantissa: x.mantissa * c.mantissa,
-        exponent: x.exponent + c.exponent,
-    }
+    Exact { negative: x.negative != c.negative, mantissa: x.mantissa * c.mantissa, exponent: x.exponent + c.exponent }
 }
 
 /// The elements that lie within one unit in the last place of `exact`: its two neighbours, or, if it is an element

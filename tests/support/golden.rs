@@ -158,11 +158,11 @@ fn judge(golden: &Golden, run: &impl Fn(&Case) -> Outcome) -> Verdict {
     let outcome = || run(&golden.case);
     match golden.case.op {
         Op::TotalNorm(_) => judge_total_norm(golden, &outcome()),
-        Op::ClipNorm { max_norm, .. } if max_norm < 0.0 || max_norm.is_nan() => {
-            judge_refused(golden, &outcome(), |error| {
-                matches!(error, Error::InvalidThreshold { name: "max_norm", got, .. } if same(*got, max_norm))
-            })
-        }
+        Op::ClipNorm { max_norm, .. } if max_norm < 0.0 || max_norm.is_nan() => judge_refused(
+            golden,
+            &outcome(),
+            |error| matches!(error, Error::InvalidThreshold { name: "max_norm", got, .. } if same(*got, max_norm)),
+        ),
         Op::ClipNorm { max_norm, .. } => match golden.exact_norm {
             Some(norm) if !norm.is_finite() => judge_policies(golden, norm, max_norm, run),
             _ => judge_clip_norm(golden, &outcome()),
@@ -321,9 +321,11 @@ fn judge_policies(golden: &Golden, exact: f64, max_norm: f64, run: &impl Fn(&Cas
 fn judge_policy(golden: &Golden, exact: f64, max_norm: f64, policy: NonFinite, outcome: &Outcome) -> Verdict {
     let first = first_nonfinite(&golden.case.grads);
     if policy == NonFinite::Error {
-        return judge_refused(golden, outcome, |error| {
-            matches!(*error, Error::NonFinite { total_norm, tensor } if same(total_norm, exact) && tensor == first)
-        });
+        return judge_refused(
+            golden,
+            outcome,
+            |error| matches!(*error, Error::NonFinite { total_norm, tensor } if same(total_norm, exact) && tensor == first),
+        );
     }
     let report = norm_report(outcome)?;
     require!(same(report.total_norm, exact), "norm {}, not {exact}", report.total_norm);

@@ -3,5 +3,10 @@
 #![allow(clippy::expect_used)]
 
 pub mod double;
+pub mod exact;
+pub mod format;
+pub mod golden;
 pub mod runner;
+pub mod tensor;
+pub mod tolerance;
 pub mod toolchain;

@@ -96,18 +96,17 @@ pub fn relative_error(got: f64, expected: f64) -> f64 {
     }
 }
 
-/// By how much clipping may miss the threshold: `norm after <= max_norm * (1 + relative) + absolute`.
+/// By how much the true norm of clipped gradients may miss the threshold: `relative * max_norm + absolute`.
 ///
-/// The norm is off by `measured`, and so is c. Every product is off by one unit in the last place at most: relative
-/// 2^(1 - precision), or one smallest subnormal, of which the norm over n elements is at most n (L1) or sqrt(n) (L2).
-/// Measuring the result has its own error, which is `measured` again.
-pub struct Excess {
+/// The norm that was found is off by [`norm`], and so is c, which takes two roundings besides (times an eps of 0). Every
+/// product is off by one unit in the last place at most: relative 2^(1 - precision), or one smallest subnormal, of which
+/// the norm over n elements is n (L1) or sqrt(n) (L2).
+pub struct Miss {
     pub relative: f64,
     pub absolute: f64,
 }
 
-pub fn norm_after_clipping(tensors: &[Tensor], norm_type: NormType) -> Excess {
-    let measured = norm(tensors, norm_type);
+pub fn norm_after_clipping(tensors: &[Tensor], norm_type: NormType) -> Miss {
     let rounding = tensors.iter().map(|tensor| tensor.format().epsilon()).fold(0.0, f64::max);
     let absolute = tensors.iter().map(|tensor| {
         let (unit, numel) = (tensor.format().unit(0.0), tensor.numel() as f64);
@@ -117,7 +116,7 @@ pub fn norm_after_clipping(tensors: &[Tensor], norm_type: NormType) -> Excess {
             _ => unit,
         }
     });
-    Excess { relative: 2.0 * measured + rounding + 4.0 * V, absolute: absolute.sum() }
+    Miss { relative: norm(tensors, norm_type) + rounding + 4.0 * V, absolute: absolute.sum() }
 }
 
 /// Units in the last place that one more rounding moves an element by.

@@ -1,0 +1,54 @@
+//! The golden cases of `tests/golden` on the device. `tests/golden.rs` runs them on the CPU.
+
+use super::data::{Tensor, Values};
+use super::device;
+use crate::backend::with_clipper;
+use crate::support::golden::{check, Answer, Case, Op, Outcome};
+use gradclip::cuda::Clipper;
+use std::cell::RefCell;
+
+fn run(clipper: &mut Clipper, case: &Case) -> Outcome {
+    let mut list: Vec<Tensor> = case.grads.iter().map(|values| Tensor { values: values.clone(), offset: 0 }).collect();
+    let answer = match case.op {
+        Op::TotalNorm(norm_type) => device::total_norm(clipper, &list, norm_type).map(Answer::Norm),
+        Op::ClipNorm { .. } => {
+            device::clip_grad_norm(clipper, &mut list, case.clip_norm().unwrap()).map(Answer::Norm)
+        }
+        Op::ClipValue { .. } => {
+            device::clip_grad_value(clipper, &mut list, case.clip_value().unwrap()).map(Answer::Value)
+        }
+    };
+    Outcome { answer, grads: list.into_iter().map(|tensor| -> Values { tensor.values }).collect() }
+}
+
+fn check_on_device(file: &str) {
+    with_clipper(|clipper| {
+        let clipper = RefCell::new(clipper);
+        check(file, |case| run(&mut clipper.borrow_mut(), case));
+    });
+}
+
+#[test]
+fn published_cases_of_the_peers() {
+    check_on_device("published.json");
+}
+
+#[test]
+fn norms_at_the_edges() {
+    check_on_device("edges.json");
+}
+
+#[test]
+fn values_and_bounds() {
+    check_on_device("value.json");
+}
+
+#[test]
+fn random_lists() {
+    check_on_device("random.json");
+}
+
+#[test]
+fn invalid_thresholds() {
+    check_on_device("invalid_thresholds.json");
+}
