@@ -1,8 +1,9 @@
-//! Gradient clipping for training on NVIDIA GPUs, by global norm and by value, with a CPU path that gives the same bits.
+//! Gradient clipping for training on NVIDIA GPUs, by global norm and by value, with a CPU path that gives the same
+//! bits.
 //!
-//! Between `backward` and the optimizer's step, one call measures the norm of all gradients together and, if it exceeds a
-//! threshold, scales all of them so that it equals the threshold. On a GPU that is three kernel launches for any number
-//! of tensors of any of four types; the host does not wait, and gradients within the threshold are not written.
+//! Between `backward` and the optimizer's step, one call measures the norm of all gradients together and, if it exceeds
+//! a threshold, scales all of them so that it equals the threshold. On a GPU that is three kernel launches for any
+//! number of tensors of any of four types; the host does not wait, and gradients within the threshold are not written.
 //!
 //! ```
 //! let mut grads = [vec![3.0f32, 0.0], vec![4.0]]; // one vector for each parameter
@@ -79,20 +80,20 @@
 //!
 //! # Guarantees on bits
 //!
-//! The order of every addition is fixed by the index of an element inside its tensor and by the order of the list: not by
-//! the grid, the GPU, the number of threads or the instruction set. The same list gives the same norm, coefficient and
-//! gradients in every run and on every back end. f32 sums carry their rounding errors along; f64 takes over after at most
-//! 32 elements of f16 or bf16; values out of the safe range are added up again in f64. The norm of normally distributed
-//! gradients is promised within 1e-9 for f32 and f64, and within 5e-8 for more than 8 of f16 or bf16; any norm within 2e-6. Each clipped element is
-//! within one unit in the last place of `x * clip_coef`.
+//! The order of every addition is fixed by the index of an element inside its tensor and by the order of the list: not
+//! by the grid, the GPU, the number of threads or the instruction set. The same list gives the same norm, coefficient
+//! and gradients in every run and on every back end. f32 sums carry their rounding errors along; f64 takes over after
+//! at most 32 elements of f16 or bf16; values out of the safe range are added up again in f64. The norm of normally
+//! distributed gradients is promised within 1e-9 for f32 and f64, and within 5e-8 for more than 8 of f16 or bf16; any
+//! norm within 2e-6. Each clipped element is within one unit in the last place of `x * clip_coef`.
 //!
 //! The tests compare the kernels, compiled for the host, with the CPU path bit for bit. No GPU has run them yet. The
 //! order and the error bounds are in `docs/numerics.md` of the repository.
 //!
 //! # Features
 //!
-//! * `cuda` (default): the module [`cuda`]. Builds without a CUDA toolkit and loads the driver when it is first used. To
-//!   clip on a GPU it takes compute capability 7.5 and a driver for CUDA 12.0 (525), or later.
+//! * `cuda` (default): the module [`cuda`]. Builds without a CUDA toolkit and loads the driver when it is first used.
+//!   To clip on a GPU it takes compute capability 7.5 and a driver for CUDA 12.0 (525), or later.
 //! * `candle`: the module [`candle`], for candle-core 0.11. No GPU tensors yet.
 //!
 #![cfg_attr(feature = "cuda", doc = "[`cuda`]: crate::cuda")]

@@ -13,7 +13,7 @@ mod tensor;
 #[path = "support/tolerance.rs"]
 mod tolerance;
 
-use format::{power_of_two, Float};
+use format::{power_of_two, Float, Format};
 use gradclip::cpu::{self, AsGrad};
 use gradclip::{Dtype, NormType};
 use half::{bf16, f16};
@@ -193,6 +193,56 @@ fn f16_of_any_length() {
 #[test]
 fn bf16_of_any_length() {
     all_lengths::<bf16>();
+}
+
+/// More tiles than there are threads that fold them, so that some fold two.
+#[test]
+fn more_than_one_row_of_tiles() {
+    let length = (gradclip::abi::FOLD_THREADS + 3) * gradclip::abi::TILE_BYTES / 8 + 5;
+    for norm_type in SUMS {
+        error_of(Data::Uniform, norm_type, &Data::Uniform.of_length::<f64>(norm_type, 4, length));
+    }
+}
+
+/// Every exponent a type has: across the borders where sums change their range, and where partial sums that are in range
+/// add up to one that is not. Two tiles and a bit.
+fn every_exponent<T: Sample>()
+where
+    Vec<T>: AsGrad,
+{
+    let length = 2 * gradclip::abi::TILE_BYTES / size_of::<T>() + 100;
+    let mut rng = SmallRng::seed_from_u64(5);
+    let mantissas: Vec<f64> = (0..length).map(|_| rng.random_range(1.0..2.0)).collect();
+    let Format { precision, min_unit, .. } = T::FORMAT;
+    let binades = (T::FORMAT.inf_bits() >> (precision - 1)) as i32 - 1; // the normal ones
+    let largest = min_unit + (precision as i32 - 1) + (binades - 1);
+    for exponent in min_unit..largest {
+        let factor = power_of_two(exponent);
+        let elements: Vec<T> = mantissas.iter().map(|x| T::sample(x * factor)).collect();
+        for norm_type in SUMS {
+            let exact = exact::norm(&elements, norm_type);
+            let got = cpu::total_norm(std::slice::from_ref(&elements), norm_type).unwrap().total_norm;
+            let bound = tolerance::norm_of(T::DTYPE, length, norm_type);
+            let what = format!("{norm_type:?} of {} around 2^{exponent}", T::DTYPE);
+            assert!(tolerance::close(got, exact, bound), "{what}: {got:e}, exact {exact:e}");
+        }
+    }
+}
+
+#[test]
+fn f32_of_every_exponent() {
+    every_exponent::<f32>();
+}
+
+#[test]
+fn f64_of_every_exponent() {
+    every_exponent::<f64>();
+}
+
+#[test]
+fn f16_and_bf16_of_every_exponent() {
+    every_exponent::<f16>();
+    every_exponent::<bf16>();
 }
 
 /// Many short lists of normal data: with few elements the errors of single additions show, and do not average out.

@@ -53,12 +53,19 @@ fn under<R>(setting: u32, call: &dyn Fn() -> R) -> (R, u32) {
     (result, after)
 }
 
-/// What a list of calls answered, and the bits they left.
+/// What a call answered, and the bits it left.
+#[derive(Debug, PartialEq)]
+struct Called<R> {
+    answer: Result<R, Error>,
+    bits: Vec<Vec<u64>>,
+}
+
+/// What all functions make of one list.
 #[derive(Debug, PartialEq)]
 struct Trace {
     measured: Vec<Result<NormReport, Error>>,
-    clipped: Vec<(Result<NormReport, Error>, Vec<Vec<u64>>)>,
-    limited: Vec<(Result<ValueReport, Error>, Vec<Vec<u64>>)>,
+    clipped: Vec<Called<NormReport>>,
+    limited: Vec<Called<ValueReport>>,
 }
 
 const NORM_TYPES: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
@@ -73,12 +80,12 @@ fn trace(grads: &[Tensor], thresholds: &[f64]) -> Trace {
         for norm_type in NORM_TYPES {
             let mut grads = grads.to_vec();
             let clip = ClipNorm::new(threshold).norm_type(norm_type).nonfinite(NonFinite::Propagate);
-            let report = cpu::clip_grad_norm(&mut grads, clip);
-            clipped.push((report, bits_of(&grads)));
+            let answer = cpu::clip_grad_norm(&mut grads, clip);
+            clipped.push(Called { answer, bits: bits_of(&grads) });
         }
         let mut grads = grads.to_vec();
-        let report = cpu::clip_grad_value(&mut grads, ClipValue::new(threshold));
-        limited.push((report, bits_of(&grads)));
+        let answer = cpu::clip_grad_value(&mut grads, ClipValue::new(threshold));
+        limited.push(Called { answer, bits: bits_of(&grads) });
     }
     Trace { measured, clipped, limited }
 }
@@ -114,12 +121,12 @@ fn assert_same(got: &Trace, expected: &Trace, when: &str) {
     assert_eq!(got.measured, expected.measured, "norms {when}");
     for (i, (got, expected)) in got.clipped.iter().zip(&expected.clipped).enumerate() {
         let (threshold, norm_type) = (SMALL[i / 3], NORM_TYPES[i % 3]);
-        assert_eq!(got.0, expected.0, "clip_grad_norm {threshold:e} {norm_type:?} {when}");
-        assert!(got.1 == expected.1, "gradients clipped by norm {threshold:e} {norm_type:?} {when}");
+        assert_eq!(got.answer, expected.answer, "clip_grad_norm {threshold:e} {norm_type:?} {when}");
+        assert!(got.bits == expected.bits, "gradients clipped by norm {threshold:e} {norm_type:?} {when}");
     }
     for (i, (got, expected)) in got.limited.iter().zip(&expected.limited).enumerate() {
-        assert_eq!(got.0, expected.0, "clip_grad_value {:e} {when}", SMALL[i]);
-        assert!(got.1 == expected.1, "gradients limited to {:e} {when}", SMALL[i]);
+        assert_eq!(got.answer, expected.answer, "clip_grad_value {:e} {when}", SMALL[i]);
+        assert!(got.bits == expected.bits, "gradients limited to {:e} {when}", SMALL[i]);
     }
 }
 

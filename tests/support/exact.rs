@@ -2,8 +2,7 @@
 #![allow(dead_code)] // every test binary uses a part
 
 use super::format::{Float, Format};
-use super::tensor::Tensor;
-use crate::with_values;
+use super::tensor::{with_values, Tensor};
 use gradclip::{Dtype, NormType};
 use std::cmp::Ordering;
 

@@ -147,11 +147,12 @@ type Verdict = Result<(), String>;
 
 /// `Err(message)` unless the condition holds.
 macro_rules! require {
-    ($condition:expr, $($message:tt)+) => {
-        if !$condition {
+    ($condition:expr, $($message:tt)+) => {{
+        let holds: bool = $condition;
+        if !holds {
             return Err(format!($($message)+));
         }
-    };
+    }};
 }
 
 fn judge(golden: &Golden, run: &impl Fn(&Case) -> Outcome) -> Verdict {
@@ -492,7 +493,7 @@ impl Values {
             other => panic!("unknown dtype {other}"),
         };
         let digits = 2 * dtype.size();
-        assert!(bits.is_ascii() && bits.len() % digits == 0, "not a whole number of values");
+        assert!(bits.is_ascii() && bits.len().is_multiple_of(digits), "not a whole number of values");
         let table: Vec<u64> = (0..bits.len()).step_by(digits).map(|at| hexadecimal(&bits[at..at + digits])).collect();
         let (numel, stride) = (self.numel.unwrap_or(table.len()), self.stride.unwrap_or(1));
         Tensor::from_bits(dtype, (0..numel).map(|i| table[i * stride % table.len()]))

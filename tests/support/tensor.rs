@@ -16,7 +16,6 @@ pub enum Tensor {
 }
 
 /// Evaluates `$body` with `$values` bound to the vector inside `$tensor`, whatever its type.
-#[macro_export]
 macro_rules! with_values {
     ($tensor:expr, $values:ident => $body:expr) => {
         match $tensor {
@@ -27,6 +26,8 @@ macro_rules! with_values {
         }
     };
 }
+#[allow(unused_imports)] // as above
+pub(crate) use with_values;
 
 impl Tensor {
     pub fn from_bits(dtype: Dtype, bits: impl IntoIterator<Item = u64>) -> Self {
