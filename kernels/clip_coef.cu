@@ -18,10 +18,12 @@ __device__ __forceinline__ void decide(const ClipParams& params, double total_no
       clip_coef = div(params.max_norm, denominator);
       action = kScale;
     }
+  } else if (!is_finite(params.max_norm)) {
+    // only measured
   } else if (params.nonfinite == kZero) {
     clip_coef = f64_from_bits(0);
     action = kClear;
-  } else if (params.nonfinite == kPropagate && is_finite(params.max_norm)) {
+  } else if (params.nonfinite == kPropagate) {
     clip_coef = is_nan(total_norm) ? f64_from_bits(kNaN64) : f64_from_bits(0);
     action = kPoison;
   }

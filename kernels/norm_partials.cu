@@ -2,7 +2,7 @@
 //
 //   launch   any number of blocks of kTileThreads; block b takes tiles b, b + blocks, ... : slots, not atomics, so the
 //            bits do not depend on the launch
-//   reads    each gradient once (a segment outside the safe range a second time, from cache)
+//   reads    each gradient once (a segment outside the safe range up to twice more, from cache)
 //   writes   sums[tile], and scales[tile] unless it is null (a list without f64 needs none)
 //   NaN/Inf  carry into the sum; an infinite or NaN sum means that the tile holds such a value
 #include "partial.cuh"

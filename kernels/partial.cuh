@@ -16,7 +16,7 @@ constexpr double kRangeFactor = 0x1p600;
 constexpr double kRangeFactorInverse = 0x1p-600;
 
 // Sums between these are taken as they are; outside, the segment is added up again, in f64 and in its own range.
-// f32 and bf16: 2^-92 keeps what underflows below 2^-45 of the sum (docs/numerics.md). f64: leaves room for 2^124
+// f32 and bf16: 2^-92 keeps what underflows below 2^-45 of the sum (docs/numerics.md). f64: leaves room for 2^123
 // partials of the largest size.
 constexpr double kSmallestSafeF32Squares = 0x1p-92;
 constexpr double kSmallestSafeF64Squares = 0x1p-900;

@@ -20,8 +20,8 @@ struct SplitScale {
   __device__ __forceinline__ void reset() {}
   __device__ __forceinline__ bool changed() const { return true; }
 
-  // f32: the coefficient to 48 bits in two f32 costs two instructions, and no f64 unit. f16 and bf16: its first 24 bits
-  // are beyond what their rounding can show. f64: it is the coefficient.
+  // f32: the coefficient to 47 bits in two f32 costs two instructions, and no f64 unit. f16 and bf16: coef_hi is off by
+  // less than 2^-23, beyond what their rounding can show. f64: it is the coefficient.
   __device__ __forceinline__ typename T::Bits operator()(typename T::Bits bits) const {
     const typename T::Real x = T::real(bits);
     if constexpr (T::kSize == 8) {

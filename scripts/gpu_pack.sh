@@ -21,6 +21,8 @@ for test in on_gpu no_driver; do
   cp "$(binary "$test")" "$pack/$test"
   strip --strip-debug "$pack/$test"
 done
+mkdir -p "$pack/golden"
+cp tests/golden/*.json tests/golden/README.md "$pack/golden"
 {
   echo "commit $(git rev-parse HEAD)$(git diff --quiet HEAD -- || echo ' with local changes')"
   echo "built $(date -u +%F), $(rustc --version)"
@@ -33,7 +35,7 @@ set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 record=${1:?usage: run.sh RECORD}
 failed=0
-export GRADCLIP_REQUIRE_GPU=1
+export GRADCLIP_REQUIRE_GPU=1 GRADCLIP_GOLDEN=$here/golden
 check() { echo "\$ $*"; "$@" || { echo "FAILED: $*"; failed=1; }; }
 {
   cat "$here/COMMIT"

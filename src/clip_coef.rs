@@ -23,7 +23,7 @@ impl Verdict {
         if f64::from(nearest) > self.clip_coef { f32::from_bits(nearest.to_bits() - 1) } else { nearest }
     }
 
-    /// `coef_hi + coef_lo` has 48 bits of the coefficient.
+    /// `coef_hi + coef_lo` has at least 47 bits of the coefficient.
     pub(crate) fn coef_lo(&self) -> f32 {
         (self.clip_coef - f64::from(self.coef_hi())) as f32
     }
@@ -41,9 +41,11 @@ pub(crate) fn decide(clip: &ClipNorm, total_norm: f64) -> Verdict {
         if denominator > clip.max_norm {
             return Verdict { clip_coef: clip.max_norm / denominator, action: action::SCALE };
         }
+    } else if clip.max_norm.is_infinite() {
+        // only measured
     } else if clip.nonfinite == NonFinite::Zero {
         return Verdict { clip_coef: 0.0, action: action::CLEAR };
-    } else if clip.nonfinite == NonFinite::Propagate && clip.max_norm.is_finite() {
+    } else if clip.nonfinite == NonFinite::Propagate {
         let clip_coef = if total_norm.is_nan() { CANONICAL_NAN } else { 0.0 };
         return Verdict { clip_coef, action: action::POISON };
     }

@@ -69,14 +69,6 @@ pub enum Error {
         /// Its type.
         got: String,
     },
-    /// A view with gaps or another order than that of memory.
-    #[error("tensor {tensor} is not contiguous ({got}); clip a contiguous copy of it")]
-    NotContiguous {
-        /// Index in the list.
-        tensor: usize,
-        /// Its shape and strides.
-        got: String,
-    },
     /// A tensor on another device than the call runs on.
     #[error("tensor {tensor} is on {got}, expected {expected}")]
     WrongDevice {

@@ -448,6 +448,19 @@ proptest! {
     }
 }
 
+/// Nothing is clipped, nothing is NaN, and still the report says which tensor is infinite.
+#[test]
+fn an_infinite_element_within_infinite_bounds_is_noticed() {
+    for dtype in DTYPES {
+        for (value, lo, hi) in [(f64::INFINITY, -1.0, f64::INFINITY), (f64::NEG_INFINITY, f64::NEG_INFINITY, 1.0)] {
+            let mut grads = [0.5, value, 0.25].map(|x| Tensor::from_f64(dtype, vec![0.75, x]));
+            let report = cpu::clip_grad_value(&mut grads, ClipValue::between(lo, hi)).unwrap();
+            assert_eq!((report.clipped, report.nan, report.written), (0, 0, false), "{dtype} {value}");
+            assert_eq!(report.first_nonfinite, Some(1), "{dtype} {value}");
+        }
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads
 // ---------------------------------------------------------------------------------------------------------------------

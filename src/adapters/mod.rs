@@ -1,4 +1,4 @@
-//! The only files that know a framework: they borrow its tensors, check them, and hand them on. Nothing is copied.
+//! The only files that know a framework: they borrow its tensors, check them, and hand them on.
 
 #[cfg(feature = "candle")]
 pub mod candle;

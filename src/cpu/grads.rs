@@ -61,7 +61,7 @@ impl Grad<'_> {
     }
 }
 
-/// Something that holds one gradient in host memory: slices, arrays and vectors of `f32`, `f64`, [`f16`] and [`bf16`],
+/// Something that holds one gradient in host memory: slices, arrays and vectors of `f32`, `f64`, [`struct@f16`] and [`struct@bf16`],
 /// references to them, and [`Grad`].
 ///
 /// For a list of mixed types use `&dyn AsGrad` or [`Grad`].

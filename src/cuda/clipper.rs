@@ -23,7 +23,8 @@ use std::sync::Arc;
 ///
 /// Each call enqueues at most three kernels and returns. The host never waits, nothing is allocated once a list of that
 /// size has been seen, and the calling thread's current CUDA context is left as it was. A call can be captured into a
-/// CUDA graph if the same call has been made once before; keep the clipper as long as the graph.
+/// CUDA graph if the same call has been made once before (and, in cudarc's multi-stream mode, with its event tracking
+/// off: a capture must not wait for an event from before it); keep the clipper as long as the graph.
 ///
 /// ```no_run
 /// use gradclip::cuda::{self, Clipper};

@@ -120,11 +120,11 @@ impl Workspace {
             return Err(Error::CaptureNeedsWarmup { what: "the descriptor table" });
         }
         let source: &[u8] = bytemuck::cast_slice(descs);
+        self.uploaded.clear(); // until the copy is on its way
         if self.descs.captured {
             self.descs.retire(&mut self.retired);
         }
         self.descs.reserve(&self.stream, "descriptor table", source.len(), false, &mut self.retired)?;
-        self.uploaded.clear(); // until the copy is on its way
         let staging = free_staging(&mut self.staging, &self.stream, source.len())?;
         let source = staging.host.fill(source);
         // SAFETY: the source is pinned and stays untouched until `copied` has passed; the target was reserved for it.
