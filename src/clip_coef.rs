@@ -20,7 +20,11 @@ impl Verdict {
     /// `x * coef_hi + x * coef_lo`.
     pub(crate) fn coef_hi(&self) -> f32 {
         let nearest = self.clip_coef as f32;
-        if f64::from(nearest) > self.clip_coef { f32::from_bits(nearest.to_bits() - 1) } else { nearest }
+        if f64::from(nearest) > self.clip_coef {
+            f32::from_bits(nearest.to_bits() - 1)
+        } else {
+            nearest
+        }
     }
 
     /// `coef_hi + coef_lo` has at least 47 bits of the coefficient.

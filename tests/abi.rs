@@ -44,9 +44,10 @@ fn both_halves_of_the_abi_agree() {
     layout!(claims, TensorTable { num_tensors, in_memory, inline_tensors });
     layout!(claims, ClipParams { max_norm, eps, norm_type, nonfinite });
     layout!(claims, ClampBounds { lo_f64, hi_f64, lo_f32, hi_f32, lo_f16, hi_f16, lo_bf16, hi_bf16 });
-    layout!(claims, ReportSlot {
-        total_norm, clip_coef, first_bad_tile, clipped_elements, nan_elements, coef_hi, coef_lo, action
-    });
+    layout!(
+        claims,
+        ReportSlot { total_norm, clip_coef, first_bad_tile, clipped_elements, nan_elements, coef_hi, coef_lo, action }
+    );
     let values: [(&str, u64); 28] = [
         ("kPackBytes", abi::PACK_BYTES as u64),
         ("kWarpThreads", abi::WARP_THREADS as u64),

@@ -107,8 +107,7 @@ fn new_addresses_cost_one_copy_and_no_wait() {
     with_bench(|mut bench| {
         bench.double.set_deferred(true);
         let list = list_of(300);
-        let mut devices: Vec<OnDevice> =
-            (0..6).map(|_| OnDevice::upload(bench.clipper.stream(), &list)).collect();
+        let mut devices: Vec<OnDevice> = (0..6).map(|_| OnDevice::upload(bench.clipper.stream(), &list)).collect();
         let mut pending = Vec::new();
         for step in 0..12 {
             let device = &mut devices[step % 6];

@@ -11,9 +11,7 @@ fn run(clipper: &mut Clipper, case: &Case) -> Outcome {
     let mut list: Vec<Tensor> = case.grads.iter().map(|values| Tensor { values: values.clone(), offset: 0 }).collect();
     let answer = match case.op {
         Op::TotalNorm(norm_type) => device::total_norm(clipper, &list, norm_type).map(Answer::Norm),
-        Op::ClipNorm { .. } => {
-            device::clip_grad_norm(clipper, &mut list, case.clip_norm().unwrap()).map(Answer::Norm)
-        }
+        Op::ClipNorm { .. } => device::clip_grad_norm(clipper, &mut list, case.clip_norm().unwrap()).map(Answer::Norm),
         Op::ClipValue { .. } => {
             device::clip_grad_value(clipper, &mut list, case.clip_value().unwrap()).map(Answer::Value)
         }

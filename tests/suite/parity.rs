@@ -211,8 +211,9 @@ fn all_bit_patterns() {
         let all: Vec<u16> = (0..=u16::MAX).collect();
         let f16s = Values::F16(all.iter().map(|&b| half::f16::from_bits(b)).filter(|x| x.is_finite()).collect());
         let bf16s = Values::BF16(all.iter().map(|&b| half::bf16::from_bits(b)).filter(|x| x.is_finite()).collect());
-        let f32s =
-            Values::F32(all.iter().map(|&b| f32::from_bits(u32::from(b) << 16 | 0x8001)).filter(|x| x.is_finite()).collect());
+        let f32s = Values::F32(
+            all.iter().map(|&b| f32::from_bits(u32::from(b) << 16 | 0x8001)).filter(|x| x.is_finite()).collect(),
+        );
         for values in [f16s, bf16s, f32s] {
             let list = [Tensor { values, offset: 0 }];
             let norm = cpu::total_norm(&list, NormType::L2).unwrap().total_norm;

@@ -120,16 +120,16 @@ fn raw_pointers() {
         assert_eq!(list[0].values.values(), [9.0, 1.5, 2.0, 9.0]);
 
         let on_host = [0f32; 4];
-        let bad = [
-            (on_host.as_ptr() as u64, 4, "host"),
-            (address + 4, 1 << 40, "followed by"),
-            (0x10, 1, "host or freed"),
-        ];
+        let bad =
+            [(on_host.as_ptr() as u64, 4, "host"), (address + 4, 1 << 40, "followed by"), (0x10, 1, "host or freed")];
         for (address, numel, why) in bad {
             // SAFETY: deliberately wrong; the call must refuse it before any work is enqueued.
             let grad = unsafe { RawGrad::new(address, numel, Dtype::F32) };
             let error = clipper.total_norm(&[grad], NormType::L2).unwrap_err();
-            assert!(matches!(&error, Error::BadPointer { tensor: 0, .. }) && error.to_string().contains(why), "{error}");
+            assert!(
+                matches!(&error, Error::BadPointer { tensor: 0, .. }) && error.to_string().contains(why),
+                "{error}"
+            );
         }
         // SAFETY: as above.
         let odd = unsafe { RawGrad::new(address + 2, 1, Dtype::F32) };
