@@ -46,11 +46,22 @@ impl Dtype {
         let rounded = match self {
             Self::F32 => f64::from(x as f32),
             Self::F64 => x,
-            Self::F16 => f64::from(f16::from_f64(x)),
-            Self::BF16 => f64::from(bf16::from_f64(x)),
+            Self::F16 => f64::from(f16::from_f32(f32_rounded_to_odd(x))),
+            Self::BF16 => f64::from(bf16::from_f32(f32_rounded_to_odd(x))),
         };
         rounded.clamp(-self.largest(), self.largest())
     }
+}
+
+/// What `f32` cannot hold of `x` is kept in its last bit, so that rounding the result to a type of fewer bits is the same
+/// as rounding `x` (Boldo and Melquiond, "When double rounding is odd", 2005).
+fn f32_rounded_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    if f64::from(nearest) == x {
+        return nearest;
+    }
+    let towards_zero = nearest.to_bits() - u32::from(f64::from(nearest).abs() > x.abs());
+    f32::from_bits(towards_zero | 1)
 }
 
 impl std::fmt::Display for Dtype {

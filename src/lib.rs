@@ -116,6 +116,7 @@ pub mod abi;
 mod clip_coef;
 mod dtype;
 mod error;
+mod fp_env;
 mod options;
 mod plan;
 mod report;

@@ -1,6 +1,7 @@
 //! What to clip by, and what to do when it cannot be done.
 
 use crate::error::{Error, Result};
+use crate::fp_env::DefaultFpEnv;
 
 /// Order of the norm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -98,6 +99,7 @@ impl ClipNorm {
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
+        let _env = DefaultFpEnv::enter(); // else a negative subnormal may pass for zero
         if self.max_norm.is_nan() || self.max_norm < 0.0 {
             return Err(Error::InvalidThreshold { name: "max_norm", expected: "zero or positive", got: self.max_norm });
         }
@@ -141,6 +143,7 @@ impl ClipValue {
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
+        let _env = DefaultFpEnv::enter();
         if self.symmetric && (self.hi.is_nan() || self.hi < 0.0) {
             return Err(Error::InvalidThreshold { name: "clip_value", expected: "zero or positive", got: self.hi });
         }

@@ -28,6 +28,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn descs(&self) -> &[TensorDesc] {
         &self.descs
     }
@@ -36,6 +37,7 @@ impl Plan {
         self.num_tiles
     }
 
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn has_f64(&self) -> bool {
         self.has_f64
     }
@@ -47,6 +49,7 @@ impl Plan {
     }
 
     /// Whether this plan is one of exactly these tensors.
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn is_for(&self, tensors: &[TensorRef]) -> bool {
         self.descs.len() == tensors.len()
             && self.descs.iter().zip(tensors).all(|(desc, tensor)| {

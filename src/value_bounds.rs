@@ -2,10 +2,12 @@
 
 use crate::abi::ClampBounds;
 use crate::dtype::Dtype;
+use crate::fp_env::DefaultFpEnv;
 use crate::options::ClipValue;
 
 /// Each bound rounded to nearest in each dtype; a finite one stays finite, so that Inf ends at a bound.
 pub(crate) fn in_each_dtype(clip: &ClipValue) -> ClampBounds {
+    let _env = DefaultFpEnv::enter();
     let f32_of = |dtype: Dtype, bound: f64| dtype.round(bound) as f32;
     ClampBounds {
         lo_f64: clip.lo,

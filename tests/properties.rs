@@ -207,6 +207,21 @@ proptest! {
 // Clipping by norm
 // ---------------------------------------------------------------------------------------------------------------------
 
+/// The first element that is not `x * clip_coef` to one unit in the last place, or has lost its sign.
+fn wrong_product(before: &[Tensor], after: &[Tensor], clip_coef: f64) -> Option<String> {
+    for (tensor, (before, after)) in before.iter().zip(after).enumerate() {
+        let format = before.format();
+        for (index, (x, got)) in before.bits().into_iter().zip(after.bits()).enumerate() {
+            let exact = product(format, x, clip_coef);
+            if !within_one_unit(format, &exact, got) || (x ^ got) & format.sign_bit() != 0 {
+                let (x, got) = (format.value(x), format.value(got));
+                return Some(format!("element {index} of tensor {tensor}: {x:e} * {clip_coef:e} is {got:e}"));
+            }
+        }
+    }
+    None
+}
+
 /// Norms and thresholds below this have too few bits left in f64 for c to be that of the formula.
 const SMALLEST_USEFUL: f64 = 1e-290;
 
@@ -235,15 +250,7 @@ proptest! {
         }
         prop_assert_eq!(report.clip_coef, max_norm / (norm + eps));
         prop_assert!(report.clip_coef < 1.0);
-        for (before, after) in before.iter().zip(&after) {
-            let format = before.format();
-            for (x, got) in before.bits().into_iter().zip(after.bits()) {
-                let exact = product(format, x, report.clip_coef);
-                let (value, expected) = (format.value(got), format.value(format.nearest(&exact)));
-                prop_assert!(within_one_unit(format, &exact, got), "{value:e}, x * c is {expected:e}");
-                prop_assert_eq!((x ^ got) & format.sign_bit(), 0, "{} * {:e}", format.value(x), report.clip_coef);
-            }
-        }
+        prop_assert_eq!(wrong_product(&before, &after, report.clip_coef), None);
         if eps == 0.0 && max_norm > SMALLEST_USEFUL {
             let (norm_after, miss) = (exact::total_norm(&after, norm_type), tolerance::norm_after_clipping(&before, norm_type));
             let allowed = miss.relative * max_norm + miss.absolute;
@@ -373,6 +380,18 @@ fn bound_in(dtype: Dtype, bound: f64) -> u64 {
     }
 }
 
+/// The naive loop.
+fn limited(grad: &Tensor, lo: f64, hi: f64) -> Vec<u64> {
+    let format = grad.format();
+    let (low, high) = (bound_in(grad.dtype(), lo), bound_in(grad.dtype(), hi));
+    let limit = |bits: u64| match format.value(bits) {
+        x if x < format.value(low) => low,
+        x if x > format.value(high) => high,
+        _ => bits,
+    };
+    grad.bits().into_iter().map(limit).collect()
+}
+
 fn bounds() -> impl Strategy<Value = (f64, f64)> {
     let bound = || {
         prop_oneof![
@@ -400,20 +419,12 @@ proptest! {
         let before = tensors(&specs);
         let mut after = before.clone();
         let report = cpu::clip_grad_value(&mut after, ClipValue::between(lo, hi)).unwrap();
-        let (mut clipped, mut nan) = (0, 0);
-        for (before, after) in before.iter().zip(&after) {
-            let format = before.format();
-            let (low, high) = (bound_in(before.dtype(), lo), bound_in(before.dtype(), hi));
-            let mut expected = Vec::with_capacity(before.numel());
-            for bits in before.bits() {
-                let x = format.value(bits);
-                let outside = if x < format.value(low) { Some(low) } else { (x > format.value(high)).then_some(high) };
-                clipped += u64::from(outside.is_some());
-                nan += u64::from(x.is_nan());
-                expected.push(outside.unwrap_or(bits));
-            }
-            prop_assert_eq!(after.bits(), expected, "in {}", before.dtype());
-        }
+        let expected: Vec<Vec<u64>> = before.iter().map(|grad| limited(grad, lo, hi)).collect();
+        prop_assert_eq!(bits_of(&after), expected.clone());
+        // Within the bounds, and as a NaN, an element keeps its bits; outside it cannot.
+        let pairs = || bits_of(&before).into_iter().flatten().zip(expected.into_iter().flatten());
+        let clipped = pairs().filter(|(x, y)| x != y).count() as u64;
+        let nan = before.iter().flat_map(Tensor::values).filter(|x| x.is_nan()).count() as u64;
         prop_assert_eq!((report.clipped, report.nan, report.written), (clipped, nan, clipped > 0));
         prop_assert_eq!(report.first_nonfinite, first_nonfinite(&before));
 
@@ -469,40 +480,62 @@ fn an_infinite_element_within_infinite_bounds_is_noticed() {
 /// What the functions say of a list, and what they make of it.
 #[derive(PartialEq)]
 struct Everything {
-    said: Vec<(u64, u64)>,
-    written: Vec<Vec<Vec<u64>>>,
+    measured: Vec<(u64, f64)>,
+    clipped: Vec<Vec<Tensor>>,
+    counted: (u64, u64),
+    limited: Vec<Tensor>,
 }
 
-fn everything(grads: &[Tensor]) -> Everything {
-    let (mut said, mut written) = (Vec::new(), Vec::new());
-    for norm_type in [NormType::L1, NormType::L2, NormType::Inf] {
-        let mut clipped = grads.to_vec();
-        let report = cpu::clip_grad_norm(&mut clipped, ClipNorm::new(0.37).norm_type(norm_type)).unwrap();
-        said.push((report.total_norm.to_bits(), report.clip_coef.to_bits()));
-        written.push(bits_of(&clipped));
+impl Everything {
+    fn of(grads: &[Tensor]) -> Self {
+        let (mut measured, mut clipped) = (Vec::new(), Vec::new());
+        for norm_type in [NormType::L1, NormType::L2, NormType::Inf] {
+            let mut grads = grads.to_vec();
+            let report = cpu::clip_grad_norm(&mut grads, ClipNorm::new(LIMIT).norm_type(norm_type)).unwrap();
+            measured.push((report.total_norm.to_bits(), report.clip_coef));
+            clipped.push(grads);
+        }
+        let mut limited = grads.to_vec();
+        let report = cpu::clip_grad_value(&mut limited, LIMIT).unwrap();
+        Self { measured, clipped, counted: (report.clipped, report.nan), limited }
     }
-    let mut limited = grads.to_vec();
-    let report = cpu::clip_grad_value(&mut limited, 0.37).unwrap();
-    said.push((report.clipped, report.nan));
-    written.push(bits_of(&limited));
-    Everything { said, written }
 }
+
+const LIMIT: f64 = 0.37;
 
 /// Tensors of many tasks, of one, and of parts of one: large enough that work is handed out at all. Much of it f64, whose
 /// sums use all their bits, so that another order of adding them shows.
-#[test]
-fn the_number_of_threads_does_not_show() {
+fn large_list() -> Vec<Tensor> {
     let numels = [500_000, 400_000, 0, 120_001, 65_536, 1000, 300_000, 3, 9000, 70_000];
     let specs = numels.into_iter().zip(DTYPES.into_iter().cycle()).zip(0..);
-    let grads: Vec<Tensor> =
-        specs.map(|((numel, dtype), seed)| Spec { dtype, numel, content: Content::Moderate, seed }.tensor()).collect();
-    let expected = everything(&grads);
+    specs.map(|((numel, dtype), seed)| Spec { dtype, numel, content: Content::Moderate, seed }.tensor()).collect()
+}
+
+#[test]
+fn the_number_of_threads_does_not_show() {
+    let grads = large_list();
+    let expected = Everything::of(&grads);
     for num_threads in [1, 2, 3, 7] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap();
         for _ in 0..3 {
-            let got = pool.install(|| everything(&grads));
-            assert_eq!(got.said, expected.said, "{num_threads} threads");
-            assert!(got.written == expected.written, "{num_threads} threads: other gradients");
+            let got = pool.install(|| Everything::of(&grads));
+            assert_eq!(got.measured, expected.measured, "{num_threads} threads");
+            assert!(got == expected, "{num_threads} threads: other gradients or counts");
         }
+    }
+}
+
+/// Cut into pieces for many threads, every element is still reached, once.
+#[test]
+fn large_lists_are_clipped_to_their_ends() {
+    let grads = large_list();
+    let Everything { measured, clipped, counted, limited: got } = Everything::of(&grads);
+    for ((_, clip_coef), clipped) in measured.into_iter().zip(clipped) {
+        assert_eq!(wrong_product(&grads, &clipped, clip_coef), None);
+    }
+    let outside = |grad: &Tensor| grad.values().into_iter().filter(|x| x.abs() > LIMIT).count() as u64;
+    assert_eq!(counted, (grads.iter().map(outside).sum(), 0));
+    for (index, (grad, got)) in grads.iter().zip(got).enumerate() {
+        assert!(got.bits() == limited(grad, -LIMIT, LIMIT), "tensor {index}");
     }
 }

@@ -1,26 +1,39 @@
 //! Which vector instructions this processor has, found at run time. The bits are the same on all of them: a kernel is
 //! one generic body, compiled once for each set.
 
+use super::element::{f16_from_f32, f32_from_f16};
+use half::f16;
+
 /// A computation to be compiled for several instruction sets.
 pub(crate) trait Kernel {
     type Output;
 
-    /// `FMA` says whether `mul_add` is an instruction here. Must be `#[inline(always)]`, or it is compiled for the
-    /// baseline only.
-    fn run<const FMA: bool>(self) -> Self::Output;
+    /// Must be `#[inline(always)]`, and so must what it calls, or it is compiled for the baseline only.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// An instruction set. Only [`Isa::detect`] makes one of the sets above the baseline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An instruction set. A value of it is the proof that the processor has it.
+pub(crate) trait Simd: Copy {
+    /// Whether `mul_add` is an instruction. Otherwise it is a call.
+    const FMA: bool;
+
+    /// Exact. A NaN may become a quiet one.
+    fn f32_from_f16(self, x: &[f16; 16]) -> [f32; 16];
+    /// To nearest even. No NaN.
+    fn f16_from_f32(self, x: &[f32; 16]) -> [f16; 16];
+}
+
+/// An instruction set, by value. [`Isa::available`] makes those above the baseline.
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
     /// What every processor of the target has; no FMA assumed.
     Baseline,
     /// AVX2, FMA and F16C (Haswell, Zen and later).
     #[cfg(target_arch = "x86_64")]
-    Avx2,
+    Avx2(x86::Avx2),
     /// AVX-512 F, BW, DQ, VL besides (Skylake-X, Zen 4 and later).
     #[cfg(target_arch = "x86_64")]
-    Avx512,
+    Avx512(x86::Avx512),
     /// aarch64, whose baseline has FMA.
     #[cfg(target_arch = "aarch64")]
     Neon,
@@ -29,59 +42,151 @@ pub(crate) enum Isa {
 impl Isa {
     /// The best set this processor has. `std` caches the answer.
     pub(crate) fn detect() -> Self {
-        Self::available().last().copied().unwrap_or(Self::Baseline)
+        Self::available().last().unwrap_or(Self::Baseline)
     }
 
     /// All sets this processor has, the best last.
-    pub(crate) fn available() -> &'static [Self] {
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        {
-            if !(is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c"))
-            {
-                return &[Self::Baseline];
-            }
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
-            {
-                return &[Self::Baseline, Self::Avx2, Self::Avx512];
-            }
-            return &[Self::Baseline, Self::Avx2];
-        }
-        #[cfg(all(target_arch = "aarch64", not(miri)))]
-        return &[Self::Baseline, Self::Neon];
-        #[allow(unreachable_code)]
-        &[Self::Baseline]
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        let sets = [
+            Some(Self::Baseline),
+            #[cfg(target_arch = "x86_64")]
+            x86::Avx2::detect().map(Self::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            x86::Avx512::detect().map(Self::Avx512),
+            #[cfg(target_arch = "aarch64")]
+            Some(Self::Neon),
+        ];
+        sets.into_iter().flatten()
     }
 
     /// Runs `kernel` as compiled for this set.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
-            Self::Baseline => kernel.run::<false>(),
-            // SAFETY: this value was handed out by `available`, which has seen the processor report these features.
+            Self::Baseline => kernel.run(Portable::<false>),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { run_avx2(kernel) },
-            // SAFETY: as above.
+            Self::Avx2(avx2) => avx2.run(kernel),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { run_avx512(kernel) },
+            Self::Avx512(avx512) => avx512.run(kernel),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon => kernel.run::<true>(),
+            Self::Neon => kernel.run(Portable::<true>),
         }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<true>()
+/// What the compiler makes of plain Rust.
+#[derive(Clone, Copy, Debug)]
+struct Portable<const FMA: bool>;
+
+impl<const FMA: bool> Simd for Portable<FMA> {
+    const FMA: bool = FMA;
+
+    #[inline(always)]
+    fn f32_from_f16(self, x: &[f16; 16]) -> [f32; 16] {
+        x.map(f32_from_f16)
+    }
+    #[inline(always)]
+    fn f16_from_f32(self, x: &[f32; 16]) -> [f16; 16] {
+        x.map(f16_from_f32)
+    }
+}
+
+/// Asks for the cache line of `place`, soon to be read. Does nothing where there is no such instruction.
+#[inline(always)]
+pub(crate) fn prefetch<T>(place: &T) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        // SAFETY: a hint; it reads nothing that the program can see, and SSE is part of the target.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast()) };
+    }
+    let _ = place;
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<true>()
+mod x86 {
+    use super::{Kernel, Simd};
+    use half::f16;
+    use std::arch::x86_64::*;
+
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Avx2(());
+
+    impl Avx2 {
+        pub(super) fn detect() -> Option<Self> {
+            let found = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+                && !cfg!(miri);
+            found.then_some(Self(()))
+        }
+
+        #[inline]
+        pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn compiled<K: Kernel>(avx2: Avx2, kernel: K) -> K::Output {
+                kernel.run(avx2)
+            }
+            // SAFETY: `detect` made this value, and has seen the processor report these features.
+            unsafe { compiled(self, kernel) }
+        }
+    }
+
+    impl Simd for Avx2 {
+        const FMA: bool = true;
+
+        #[inline(always)]
+        fn f32_from_f16(self, x: &[f16; 16]) -> [f32; 16] {
+            let [a, b]: [__m128i; 2] = bytemuck::cast(*x);
+            // SAFETY: `detect` made this value, and has seen the processor report F16C.
+            bytemuck::cast(unsafe { [_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)] })
+        }
+        #[inline(always)]
+        fn f16_from_f32(self, x: &[f32; 16]) -> [f16; 16] {
+            let [a, b]: [__m256; 2] = bytemuck::cast(*x);
+            // SAFETY: as above.
+            bytemuck::cast(unsafe {
+                [_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(b)]
+            })
+        }
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Avx512(());
+
+    impl Avx512 {
+        pub(super) fn detect() -> Option<Self> {
+            Avx2::detect()?;
+            let found = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            found.then_some(Self(()))
+        }
+
+        #[inline]
+        pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            fn compiled<K: Kernel>(avx512: Avx512, kernel: K) -> K::Output {
+                kernel.run(avx512)
+            }
+            // SAFETY: `detect` made this value, and has seen the processor report these features.
+            unsafe { compiled(self, kernel) }
+        }
+    }
+
+    impl Simd for Avx512 {
+        const FMA: bool = true;
+
+        #[inline(always)]
+        fn f32_from_f16(self, x: &[f16; 16]) -> [f32; 16] {
+            // SAFETY: `detect` made this value, and has seen the processor report AVX-512 F; 64 bytes are 16 floats.
+            unsafe { std::mem::transmute(_mm512_cvtph_ps(bytemuck::cast(*x))) }
+        }
+        #[inline(always)]
+        fn f16_from_f32(self, x: &[f32; 16]) -> [f16; 16] {
+            // SAFETY: as above.
+            bytemuck::cast(unsafe { _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(std::mem::transmute(*x)) })
+        }
+    }
 }

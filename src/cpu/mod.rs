@@ -6,7 +6,6 @@
 mod clamp;
 mod clip_coef;
 mod element;
-mod fp_env;
 mod grads;
 mod isa;
 mod norm_partials;
@@ -21,6 +20,7 @@ pub use grads::{AsGrad, AsGradMut, Grad, GradMut};
 use crate::abi::ClampBounds;
 use crate::clip_coef::{decide, Verdict};
 use crate::error::{Error, Result};
+use crate::fp_env::DefaultFpEnv;
 use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
 use crate::plan::{Plan, TensorRef};
 use crate::report::{NormReport, ValueReport};
@@ -111,13 +111,11 @@ pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>
 
 /// Stages 1 and 2: what [`clip_grad_norm`] would report and do.
 pub(crate) fn measure(grads: &[Grad<'_>], clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
+    let _env = DefaultFpEnv::enter(); // the threads that help do the same
     clip.validate()?;
     let plan = check(grads)?;
     let partials = parallel::norm_partials(clip.norm_type, grads, plan.num_tiles() as usize);
-    let total_norm = {
-        let _env = fp_env::DefaultFpEnv::enter();
-        clip_coef::norm_of(&partials, clip.norm_type)
-    };
+    let total_norm = clip_coef::norm_of(&partials, clip.norm_type);
     let first_nonfinite = clip_coef::first_bad_tile(&partials).and_then(|tile| plan.tensor_of(tile as u64));
     if clip.nonfinite == NonFinite::Error && !total_norm.is_finite() {
         return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });

@@ -2,7 +2,7 @@
 //! out for vector registers instead of lanes of a warp.
 
 use super::element::CpuElement;
-use super::isa::{Isa, Kernel};
+use super::isa::{Isa, Kernel, Simd};
 use super::partial::{
     xor_tree, Partial, LARGEST_SAFE_F64, RANGE_FACTOR, RANGE_FACTOR_INVERSE, SMALLEST_SAFE_F32_SQUARES,
     SMALLEST_SAFE_F64_SQUARES,
@@ -12,37 +12,49 @@ use crate::abi::{SEGMENTS_PER_TILE, WARP_THREADS};
 use crate::dtype::Dtype;
 use crate::options::NormType;
 
-/// The partial of one tile: at most `T::TILE_NUMEL` elements of one tensor, from a tile border on.
-pub(crate) fn tile_partial<T: FastSum>(isa: Isa, norm_type: NormType, tile: &[T]) -> Partial {
+const SEGMENTS_AHEAD: usize = 2;
+
+/// The partials of the tiles that `elements` are cut into: part of one tensor, from a tile border on.
+pub(crate) fn tile_partials<T: FastSum>(isa: Isa, norm_type: NormType, elements: &[T], partials: &mut [Partial]) {
     match norm_type {
-        NormType::L1 => isa.run(SumTile::<T, false>(tile)),
-        NormType::L2 => isa.run(SumTile::<T, true>(tile)),
-        NormType::Inf => isa.run(MaxTile(tile)),
+        NormType::L1 => isa.run(SumTiles::<T, false> { elements, partials }),
+        NormType::L2 => isa.run(SumTiles::<T, true> { elements, partials }),
+        NormType::Inf => isa.run(MaxTiles { elements, partials }),
     }
 }
 
 /// Sum of squares if `L2`, else of magnitudes.
-struct SumTile<'a, T, const L2: bool>(&'a [T]);
+struct SumTiles<'a, T, const L2: bool> {
+    elements: &'a [T],
+    partials: &'a mut [Partial],
+}
 
-impl<T: FastSum, const L2: bool> Kernel for SumTile<'_, T, L2> {
-    type Output = Partial;
+impl<T: FastSum, const L2: bool> Kernel for SumTiles<'_, T, L2> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<const FMA: bool>(self) -> Partial {
+    fn run<S: Simd>(self, simd: S) {
         let norm_type = if L2 { NormType::L2 } else { NormType::L1 };
-        let mut partials = [Partial::default(); SEGMENTS_PER_TILE];
-        for (partial, segment) in partials.iter_mut().zip(self.0.chunks(T::SEGMENT_NUMEL)) {
-            *partial = if segment.len() == T::SEGMENT_NUMEL {
-                segment_partial::<T, L2, FMA>(segment)
-            } else {
-                // Zeroes add nothing, so the end of a tensor is summed as if it were followed by them.
-                let mut padded = T::zeroed_segment();
-                let padded = &mut padded.as_mut()[..T::SEGMENT_NUMEL];
-                padded[..segment.len()].copy_from_slice(segment);
-                segment_partial::<T, L2, FMA>(padded)
-            };
+        let mut segments = self.elements.chunks(T::SEGMENT_NUMEL);
+        // Segments of a whole length, SEGMENTS_AHEAD from here
+        let mut ahead = self.elements.chunks_exact(T::SEGMENT_NUMEL).skip(SEGMENTS_AHEAD);
+        for partial in self.partials {
+            let mut partials = [Partial::default(); SEGMENTS_PER_TILE];
+            for (partial, segment) in partials.iter_mut().zip(&mut segments) {
+                let mut padded;
+                let segment = if segment.len() == T::SEGMENT_NUMEL {
+                    segment
+                } else {
+                    // Zeroes add nothing, so the end of a tensor is summed as if it were followed by them.
+                    padded = T::zeroed_segment();
+                    let padded = &mut padded.as_mut()[..T::SEGMENT_NUMEL];
+                    padded[..segment.len()].copy_from_slice(segment);
+                    padded
+                };
+                *partial = segment_partial::<T, L2, S>(simd, segment, ahead.next().unwrap_or(segment));
+            }
+            *partial = fold_segments(partials, norm_type);
         }
-        fold_segments(partials, norm_type)
     }
 }
 
@@ -60,8 +72,8 @@ fn fold_segments(mut fold: [Partial; SEGMENTS_PER_TILE], norm_type: NormType) ->
 }
 
 #[inline(always)]
-fn segment_partial<T: FastSum, const L2: bool, const FMA: bool>(segment: &[T]) -> Partial {
-    let sum = T::segment_sum::<L2, FMA>(segment);
+fn segment_partial<T: FastSum, const L2: bool, S: Simd>(simd: S, segment: &[T], ahead: &[T]) -> Partial {
+    let sum = T::segment_sum::<L2, S>(simd, segment, ahead);
     if in_safe_range::<T, L2>(sum) {
         Partial::unscaled(sum)
     } else {
@@ -117,13 +129,18 @@ fn rescued_sum<T: CpuElement, const L2: bool>(segment: &[T], fast_sum: f64) -> P
 }
 
 /// The largest magnitude.
-struct MaxTile<'a, T>(&'a [T]);
+struct MaxTiles<'a, T> {
+    elements: &'a [T],
+    partials: &'a mut [Partial],
+}
 
-impl<T: FastSum> Kernel for MaxTile<'_, T> {
-    type Output = Partial;
+impl<T: FastSum> Kernel for MaxTiles<'_, T> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<const FMA: bool>(self) -> Partial {
-        Partial::unscaled(T::magnitude_value(T::largest_magnitude_bits(self.0)))
+    fn run<S: Simd>(self, _: S) {
+        for (partial, tile) in self.partials.iter_mut().zip(self.elements.chunks(T::TILE_NUMEL)) {
+            *partial = Partial::unscaled(T::magnitude_value(T::largest_magnitude_bits(tile)));
+        }
     }
 }

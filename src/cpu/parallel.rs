@@ -2,20 +2,20 @@
 //! bits; how many tiles a task takes, and which thread takes it, does not matter to them.
 
 use super::clamp::{self, Counts};
-use super::fp_env::DefaultFpEnv;
 use super::grads::{with_slice, Grad, GradMut};
 use super::isa::Isa;
-use super::norm_partials::tile_partial;
+use super::norm_partials::tile_partials;
 use super::partial::Partial;
 use super::scale;
 use super::summation::FastSum;
 use crate::abi::{ClampBounds, TILE_BYTES};
 use crate::clip_coef::Verdict;
+use crate::fp_env::DefaultFpEnv;
 use crate::options::NormType;
 use rayon::prelude::*;
 
 /// Tiles of a task: 512 KiB are some 20 us of one core, hundreds of times what handing over a task costs.
-const TILES_PER_TASK: usize = 16;
+const TILES_PER_TASK: usize = 64;
 /// Below this many bytes in all, one thread is faster than waking others.
 const SERIAL_BYTES: usize = 8 * TILE_BYTES;
 
@@ -30,7 +30,7 @@ pub(crate) fn norm_partials(norm_type: NormType, grads: &[Grad<'_>], num_tiles: 
     }
     let run = |(grad, partials): (Grad<'_>, &mut [Partial])| {
         let _env = DefaultFpEnv::enter();
-        with_slice!(Grad, grad, slice => fill(isa, norm_type, slice, partials));
+        with_slice!(Grad, grad, slice => tile_partials(isa, norm_type, slice, partials));
     };
     if num_tiles * TILE_BYTES <= SERIAL_BYTES {
         tasks.into_iter().for_each(run);
@@ -54,12 +54,6 @@ fn cut<'a, 'p, T: FastSum>(
         tasks.push((wrap(&head), places));
         *rest = others;
         slice = tail;
-    }
-}
-
-fn fill<T: FastSum>(isa: Isa, norm_type: NormType, slice: &[T], partials: &mut [Partial]) {
-    for (partial, tile) in partials.iter_mut().zip(slice.chunks(T::TILE_NUMEL)) {
-        *partial = tile_partial(isa, norm_type, tile);
     }
 }
 

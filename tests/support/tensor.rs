@@ -7,7 +7,7 @@ use gradclip::cpu::{AsGrad, AsGradMut, Grad, GradMut};
 use gradclip::Dtype;
 use half::{bf16, f16};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Tensor {
     F32(Vec<f32>),
     F64(Vec<f64>),
