@@ -5,115 +5,25 @@
 mod exact;
 #[path = "support/format.rs"]
 mod format;
+#[path = "support/lists.rs"]
+mod lists;
+#[path = "support/naive.rs"]
+mod naive;
 #[path = "support/tensor.rs"]
 mod tensor;
 #[path = "support/tolerance.rs"]
 mod tolerance;
 
-use format::{nearest, power_of_two, product, within_one_unit, Format, DTYPES};
+use format::{power_of_two, DTYPES};
 use gradclip::{cpu, ClipNorm, ClipValue, Dtype, Error, NonFinite, NormType};
+use lists::{finite_lists, nonfinite_lists, spec, tensors, Content};
+use naive::{limited, propagated, wrong_product};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tensor::{bits_of, first_nonfinite, Tensor};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Lists
-// ---------------------------------------------------------------------------------------------------------------------
-
-/// A tensor by what it is made from: short to print, and to shrink.
-#[derive(Clone, Debug)]
-struct Spec {
-    dtype: Dtype,
-    numel: usize,
-    content: Content,
-    seed: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Content {
-    Zeros,
-    /// Between -8 and 8, none closer to 0 than 1/8.
-    Moderate,
-    /// Any finite pattern: all exponents.
-    AnyFinite,
-    /// Around the smallest normal number.
-    Tiny,
-    /// Near the largest.
-    Huge,
-    /// Moderate, with NaN and Inf among them: one at least.
-    Special,
-}
-
-impl Spec {
-    fn tensor(&self) -> Tensor {
-        let format = Format::of(self.dtype);
-        let mut rng = SmallRng::seed_from_u64(self.seed);
-        let hidden = 1u64 << (format.precision - 1);
-        let special = rng.random_range(0..self.numel.max(1));
-        let bits = (0..self.numel).map(|i| {
-            let sign = if rng.random() { format.sign_bit() } else { 0 };
-            let moderate = nearest(self.dtype, rng.random_range(0.125..8.0));
-            sign | match self.content {
-                Content::Zeros => 0,
-                Content::Moderate => moderate,
-                Content::AnyFinite => rng.random_range(0..format.inf_bits()),
-                Content::Tiny => rng.random_range(0..4 * hidden),
-                Content::Huge => rng.random_range(format.inf_bits() - 2 * hidden..format.inf_bits()),
-                Content::Special if i != special && rng.random_range(0..40) > 0 => moderate,
-                Content::Special if rng.random() => format.inf_bits(),
-                Content::Special => format.inf_bits() + rng.random_range(1..hidden),
-            }
-        });
-        Tensor::from_bits(self.dtype, bits)
-    }
-}
-
-/// Lengths around a pack, a row, a segment and a tile, and empty.
-fn numel() -> impl Strategy<Value = usize> {
-    prop_oneof![
-        1 => Just(0usize),
-        6 => 1..10usize,
-        6 => 1..300usize,
-        3 => 500..2100usize,
-        1 => 4000..20_000usize,
-    ]
-}
-
-fn spec(dtypes: &'static [Dtype], contents: &'static [Content]) -> impl Strategy<Value = Spec> {
-    (select(dtypes), numel(), select(contents), any::<u64>()).prop_map(|(dtype, numel, content, seed)| Spec {
-        dtype,
-        numel,
-        content,
-        seed,
-    })
-}
-
-const FINITE: &[Content] =
-    &[Content::Zeros, Content::Moderate, Content::Moderate, Content::AnyFinite, Content::Tiny, Content::Huge];
-
-/// Lists of finite elements: of one kind of content, or of all mixed.
-fn finite_lists() -> impl Strategy<Value = Vec<Spec>> {
-    prop_oneof![
-        vec(spec(&DTYPES, FINITE), 0..7),
-        vec(spec(&DTYPES, &[Content::Moderate]), 1..7),
-        vec(spec(&DTYPES, &[Content::Tiny, Content::Zeros]), 1..4),
-        vec(spec(&[Dtype::F64], &[Content::AnyFinite]), 1..4),
-    ]
-}
-
-/// Lists with a bad element, or with f64 whose norm is beyond f64.
-fn nonfinite_lists() -> impl Strategy<Value = Vec<Spec>> {
-    let any = || vec(spec(&DTYPES, &[Content::Special, Content::Moderate, Content::Huge, Content::Zeros]), 0..4);
-    let bad = prop_oneof![3 => spec(&DTYPES, &[Content::Special]).boxed(), 1 => spec(&[Dtype::F64], &[Content::Huge]).boxed()];
-    (any(), bad, any()).prop_map(|(before, bad, after)| [before, vec![bad], after].concat())
-}
-
-fn tensors(specs: &[Spec]) -> Vec<Tensor> {
-    specs.iter().map(Spec::tensor).collect()
-}
 
 fn norm_types() -> impl Strategy<Value = NormType> {
     select(&[NormType::L1, NormType::L2, NormType::Inf][..])
@@ -207,21 +117,6 @@ proptest! {
 // Clipping by norm
 // ---------------------------------------------------------------------------------------------------------------------
 
-/// The first element that is not `x * clip_coef` to one unit in the last place, or has lost its sign.
-fn wrong_product(before: &[Tensor], after: &[Tensor], clip_coef: f64) -> Option<String> {
-    for (tensor, (before, after)) in before.iter().zip(after).enumerate() {
-        let format = before.format();
-        for (index, (x, got)) in before.bits().into_iter().zip(after.bits()).enumerate() {
-            let exact = product(format, x, clip_coef);
-            if !within_one_unit(format, &exact, got) || (x ^ got) & format.sign_bit() != 0 {
-                let (x, got) = (format.value(x), format.value(got));
-                return Some(format!("element {index} of tensor {tensor}: {x:e} * {clip_coef:e} is {got:e}"));
-            }
-        }
-    }
-    None
-}
-
 /// Norms and thresholds below this have too few bits left in f64 for c to be that of the formula.
 const SMALLEST_USEFUL: f64 = 1e-290;
 
@@ -308,15 +203,6 @@ proptest! {
 // NaN and Inf
 // ---------------------------------------------------------------------------------------------------------------------
 
-/// One element under Propagate: the product, as IEEE 754 has it; any NaN is the canonical one.
-fn propagated(format: Format, bits: u64, clip_coef: f64) -> u64 {
-    if clip_coef.is_nan() || !format.is_finite(bits) {
-        format.inf_bits() | 1 << (format.precision - 2)
-    } else {
-        bits & format.sign_bit() // times 0
-    }
-}
-
 proptest! {
     #![proptest_config(config(300))]
 
@@ -370,28 +256,6 @@ proptest! {
 // Clipping by value
 // ---------------------------------------------------------------------------------------------------------------------
 
-/// The bound in a dtype: to nearest, and a finite one stays finite.
-fn bound_in(dtype: Dtype, bound: f64) -> u64 {
-    let (format, bits) = (Format::of(dtype), nearest(dtype, bound));
-    if bound.is_finite() && format.is_inf(bits) {
-        bits - 1
-    } else {
-        bits
-    }
-}
-
-/// The naive loop.
-fn limited(grad: &Tensor, lo: f64, hi: f64) -> Vec<u64> {
-    let format = grad.format();
-    let (low, high) = (bound_in(grad.dtype(), lo), bound_in(grad.dtype(), hi));
-    let limit = |bits: u64| match format.value(bits) {
-        x if x < format.value(low) => low,
-        x if x > format.value(high) => high,
-        _ => bits,
-    };
-    grad.bits().into_iter().map(limit).collect()
-}
-
 fn bounds() -> impl Strategy<Value = (f64, f64)> {
     let bound = || {
         prop_oneof![
@@ -422,8 +286,8 @@ proptest! {
         let expected: Vec<Vec<u64>> = before.iter().map(|grad| limited(grad, lo, hi)).collect();
         prop_assert_eq!(bits_of(&after), expected.clone());
         // Within the bounds, and as a NaN, an element keeps its bits; outside it cannot.
-        let pairs = || bits_of(&before).into_iter().flatten().zip(expected.into_iter().flatten());
-        let clipped = pairs().filter(|(x, y)| x != y).count() as u64;
+        let pairs = bits_of(&before).into_iter().flatten().zip(expected.into_iter().flatten());
+        let clipped = pairs.filter(|(x, y)| x != y).count() as u64;
         let nan = before.iter().flat_map(Tensor::values).filter(|x| x.is_nan()).count() as u64;
         prop_assert_eq!((report.clipped, report.nan, report.written), (clipped, nan, clipped > 0));
         prop_assert_eq!(report.first_nonfinite, first_nonfinite(&before));
@@ -470,72 +334,5 @@ fn an_infinite_element_within_infinite_bounds_is_noticed() {
             assert_eq!((report.clipped, report.nan, report.written), (0, 0, false), "{dtype} {value}");
             assert_eq!(report.first_nonfinite, Some(1), "{dtype} {value}");
         }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Threads
-// ---------------------------------------------------------------------------------------------------------------------
-
-/// What the functions say of a list, and what they make of it.
-#[derive(PartialEq)]
-struct Everything {
-    measured: Vec<(u64, f64)>,
-    clipped: Vec<Vec<Tensor>>,
-    counted: (u64, u64),
-    limited: Vec<Tensor>,
-}
-
-impl Everything {
-    fn of(grads: &[Tensor]) -> Self {
-        let (mut measured, mut clipped) = (Vec::new(), Vec::new());
-        for norm_type in [NormType::L1, NormType::L2, NormType::Inf] {
-            let mut grads = grads.to_vec();
-            let report = cpu::clip_grad_norm(&mut grads, ClipNorm::new(LIMIT).norm_type(norm_type)).unwrap();
-            measured.push((report.total_norm.to_bits(), report.clip_coef));
-            clipped.push(grads);
-        }
-        let mut limited = grads.to_vec();
-        let report = cpu::clip_grad_value(&mut limited, LIMIT).unwrap();
-        Self { measured, clipped, counted: (report.clipped, report.nan), limited }
-    }
-}
-
-const LIMIT: f64 = 0.37;
-
-/// Tensors of many tasks, of one, and of parts of one: large enough that work is handed out at all. Much of it f64, whose
-/// sums use all their bits, so that another order of adding them shows.
-fn large_list() -> Vec<Tensor> {
-    let numels = [500_000, 400_000, 0, 120_001, 65_536, 1000, 300_000, 3, 9000, 70_000];
-    let specs = numels.into_iter().zip(DTYPES.into_iter().cycle()).zip(0..);
-    specs.map(|((numel, dtype), seed)| Spec { dtype, numel, content: Content::Moderate, seed }.tensor()).collect()
-}
-
-#[test]
-fn the_number_of_threads_does_not_show() {
-    let grads = large_list();
-    let expected = Everything::of(&grads);
-    for num_threads in [1, 2, 3, 7] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap();
-        for _ in 0..3 {
-            let got = pool.install(|| Everything::of(&grads));
-            assert_eq!(got.measured, expected.measured, "{num_threads} threads");
-            assert!(got == expected, "{num_threads} threads: other gradients or counts");
-        }
-    }
-}
-
-/// Cut into pieces for many threads, every element is still reached, once.
-#[test]
-fn large_lists_are_clipped_to_their_ends() {
-    let grads = large_list();
-    let Everything { measured, clipped, counted, limited: got } = Everything::of(&grads);
-    for ((_, clip_coef), clipped) in measured.into_iter().zip(clipped) {
-        assert_eq!(wrong_product(&grads, &clipped, clip_coef), None);
-    }
-    let outside = |grad: &Tensor| grad.values().into_iter().filter(|x| x.abs() > LIMIT).count() as u64;
-    assert_eq!(counted, (grads.iter().map(outside).sum(), 0));
-    for (index, (grad, got)) in grads.iter().zip(got).enumerate() {
-        assert!(got.bits() == limited(grad, -LIMIT, LIMIT), "tensor {index}");
     }
 }

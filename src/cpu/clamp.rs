@@ -2,7 +2,7 @@
 
 use super::element::{bf16_from_f32, f16_from_f32};
 use super::isa::{prefetch, Isa, Kernel, Simd};
-use super::summation::FastSum;
+use super::summation::{FastSum, LINE_BYTES};
 use crate::abi::ClampBounds;
 use half::{bf16, f16};
 use std::ops::AddAssign;
@@ -99,6 +99,14 @@ fn key_of_16_bits(bits: u16) -> i16 {
     }
 }
 
+/// A chunk is looked at first, from memory into L1, and only written where something changes: on a typical step little
+/// is outside, and a read costs half of a read and a write. With longer chunks memory has nothing to do during the
+/// second look (Zen 5, one core, part of the bandwidth of a plain loop in place when every chunk is written: f32 61 %
+/// with 8 KiB, 66 % with 4, 88 % with 1, 110 % with the prefetch too).
+const CHUNK_BYTES: usize = 1024;
+/// Chunks that the processor is told to fetch before they are read: 8 KiB, as for the norm.
+const CHUNKS_AHEAD: usize = 8;
+
 struct ClampElements<'a, T> {
     lo: T,
     hi: T,
@@ -108,25 +116,17 @@ struct ClampElements<'a, T> {
 impl<T: Clamp> Kernel for ClampElements<'_, T> {
     type Output = Counts;
 
-    /// A chunk is looked at first, from memory into L1, and only written where something changes: on a typical step
-    /// little is outside, and a read costs half of a read and a write.
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> Counts {
-        const CHUNK_BYTES: usize = 1024;
-        const AHEAD: usize = 8;
         let Self { lo, hi, elements } = self;
-        let inside = always_inside(lo, hi);
-        let symmetric = inside.is_some() && lo.magnitude_bits() == hi.magnitude_bits();
-        let mut counts = Counts::default();
         let chunk_numel = CHUNK_BYTES / size_of::<T>();
-        for start in (0..elements.len()).step_by(chunk_numel) {
-            if let Some(ahead) = elements.get(start + AHEAD * chunk_numel..) {
-                for line in ahead[..ahead.len().min(chunk_numel)].chunks(64 / size_of::<T>()) {
-                    prefetch(&line[0]);
-                }
-            }
-            let end = elements.len().min(start + chunk_numel);
-            let chunk = &mut elements[start..end];
+        let inside = always_inside(lo, hi);
+        let symmetric = lo.magnitude_bits() == hi.magnitude_bits();
+        let mut counts = Counts::default();
+        for first in (0..elements.len()).step_by(chunk_numel) {
+            prefetch_chunk(elements, first + CHUNKS_AHEAD * chunk_numel);
+            let end = elements.len().min(first + chunk_numel);
+            let chunk = &mut elements[first..end];
             let largest = T::largest_magnitude_bits(chunk);
             if inside.is_some_and(|inside| largest <= inside) {
                 continue;
@@ -144,10 +144,18 @@ impl<T: Clamp> Kernel for ClampElements<'_, T> {
     }
 }
 
-/// The largest magnitude that is finite and inside the bounds with either sign.
+/// The largest magnitude that is inside the bounds with either sign, and finite.
 fn always_inside<T: Clamp>(lo: T, hi: T) -> Option<u64> {
     let around_zero = lo.wide() <= 0.0 && hi.wide() >= 0.0;
     around_zero.then(|| lo.magnitude_bits().min(hi.magnitude_bits()).min(T::INF_BITS - 1))
+}
+
+/// Fetches the chunk from `first` on, if there is a whole one.
+#[inline(always)]
+fn prefetch_chunk<T>(elements: &[T], first: usize) {
+    if let Some(chunk) = elements.get(first..first + CHUNK_BYTES / size_of::<T>()) {
+        chunk.chunks(LINE_BYTES / size_of::<T>()).for_each(|line| prefetch(&line[0]));
+    }
 }
 
 #[inline(always)]
@@ -157,11 +165,11 @@ fn is_outside<T: Clamp>(lo: T, hi: T, x: T) -> bool {
 
 #[inline(always)]
 fn clamped<T: Clamp>(lo: T, hi: T, x: T) -> T {
-    let x = if x.key() < lo.key() { lo } else { x };
+    let raised = if x.key() < lo.key() { lo } else { x };
     if x.key() > hi.key() {
         hi
     } else {
-        x
+        raised
     }
 }
 

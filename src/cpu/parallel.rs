@@ -15,7 +15,7 @@ use crate::options::NormType;
 use rayon::prelude::*;
 
 /// Tiles of a task: 512 KiB are some 20 us of one core, hundreds of times what handing over a task costs.
-const TILES_PER_TASK: usize = 64;
+const TILES_PER_TASK: usize = 16;
 /// Below this many bytes in all, one thread is faster than waking others.
 const SERIAL_BYTES: usize = 8 * TILE_BYTES;
 
@@ -40,7 +40,8 @@ pub(crate) fn norm_partials(norm_type: NormType, grads: &[Grad<'_>], num_tiles: 
     partials
 }
 
-/// Cuts one gradient into tasks, and takes their places from `rest`.
+/// Cuts one gradient into tasks, and takes their places from `rest`. A task has the gradient to its end, since it looks
+/// ahead, and as many places as it has tiles to do.
 fn cut<'a, 'p, T: FastSum>(
     mut slice: &'a [T],
     rest: &mut &'p mut [Partial],
@@ -49,11 +50,10 @@ fn cut<'a, 'p, T: FastSum>(
 ) {
     while !slice.is_empty() {
         let numel = slice.len().min(TILES_PER_TASK * T::TILE_NUMEL);
-        let (head, tail) = slice.split_at(numel);
         let (places, others) = std::mem::take(rest).split_at_mut(numel.div_ceil(T::TILE_NUMEL));
-        tasks.push((wrap(&head), places));
+        tasks.push((wrap(&slice), places));
         *rest = others;
-        slice = tail;
+        slice = &slice[numel..];
     }
 }
 
@@ -78,7 +78,7 @@ fn for_each_task(grads: &mut [GradMut<'_>], work: impl Fn(GradMut<'_>) -> Counts
         let _env = DefaultFpEnv::enter();
         work(task)
     };
-    let bytes: usize = grads.iter().map(|grad| with_slice!(GradMut, grad, slice => size_of_val::<[_]>(slice))).sum();
+    let bytes: usize = grads.iter().map(|grad| with_slice!(GradMut, grad, slice => size_of_val(&slice[..]))).sum();
     if bytes <= SERIAL_BYTES {
         let whole = |grad: &mut GradMut<'_>| with_slice!(GradMut, grad, slice => work((&mut **slice).into()));
         return grads.iter_mut().map(whole).collect();

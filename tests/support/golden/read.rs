@@ -1,0 +1,125 @@
+//! Reading the golden files.
+
+use super::super::tensor::Tensor;
+use super::{Case, Golden, Op};
+use gradclip::{Dtype, NonFinite, NormType};
+use std::path::{Path, PathBuf};
+
+/// The folder of the golden files.
+pub fn folder() -> PathBuf {
+    let packed = std::env::var_os("GRADCLIP_GOLDEN").map(PathBuf::from);
+    packed.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"))
+}
+
+#[derive(serde::Deserialize)]
+struct File {
+    cases: Vec<Entry>,
+}
+
+#[derive(serde::Deserialize)]
+struct Entry {
+    name: String,
+    peer: String,
+    op: String,
+    max_norm: Option<String>,
+    norm_type: Option<String>,
+    eps: Option<String>,
+    lo: Option<String>,
+    hi: Option<String>,
+    grads: Vec<Values>,
+    exact_norm: Option<String>,
+    peer_norm: Option<String>,
+    peer_grads: Option<Vec<String>>,
+    exact_grads: Option<Vec<String>>,
+    peer_differs: Option<String>,
+}
+
+#[derive(serde::Deserialize)]
+struct Values {
+    dtype: String,
+    bits: String,
+    numel: Option<usize>,
+    stride: Option<usize>,
+}
+
+/// The cases of one file. A file that cannot be read is a broken checkout: panics.
+pub fn read(file: &str) -> Vec<Golden> {
+    let path = folder().join(file);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file: File = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    file.cases.into_iter().map(Entry::into_golden).collect()
+}
+
+impl Entry {
+    fn into_golden(self) -> Golden {
+        let op = match self.op.as_str() {
+            "total_norm" => Op::TotalNorm(self.norm_type()),
+            "clip_grad_norm" => Op::ClipNorm {
+                max_norm: required(&self.max_norm),
+                norm_type: self.norm_type(),
+                eps: required(&self.eps),
+                nonfinite: NonFinite::Skip,
+            },
+            "clip_grad_value" => Op::ClipValue { lo: required(&self.lo), hi: required(&self.hi) },
+            other => panic!("{}: unknown op {other}", self.name),
+        };
+        let tensors_of = |strings: &Vec<String>| -> Vec<Tensor> {
+            assert_eq!(strings.len(), self.grads.len(), "{}", self.name);
+            strings.iter().zip(&self.grads).map(|(bits, like)| like.tensor(bits)).collect()
+        };
+        Golden {
+            exact_norm: self.exact_norm.as_deref().map(number),
+            exact_grads: self.exact_grads.as_ref().map(tensors_of),
+            peer_norm: self.peer_norm.as_deref().map(number),
+            peer_grads: self.peer_grads.as_ref().map(tensors_of),
+            peer_differs: self.peer_differs.clone(),
+            peer: self.peer.clone(),
+            case: Case {
+                name: self.name.clone(),
+                op,
+                grads: self.grads.iter().map(|values| values.tensor(&values.bits)).collect(),
+            },
+        }
+    }
+
+    fn norm_type(&self) -> NormType {
+        match self.norm_type.as_deref() {
+            Some("1") => NormType::L1,
+            Some("2") => NormType::L2,
+            Some("inf") => NormType::Inf,
+            other => panic!("{}: unknown norm_type {other:?}", self.name),
+        }
+    }
+}
+
+impl Values {
+    /// `bits` as a tensor of this one's type and shape: a table is read with a stride, modulo its length.
+    fn tensor(&self, bits: &str) -> Tensor {
+        let dtype = match self.dtype.as_str() {
+            "f32" => Dtype::F32,
+            "f64" => Dtype::F64,
+            "f16" => Dtype::F16,
+            "bf16" => Dtype::BF16,
+            other => panic!("unknown dtype {other}"),
+        };
+        let digits = 2 * dtype.size();
+        assert!(bits.is_ascii() && bits.len().is_multiple_of(digits), "not a whole number of values");
+        let table: Vec<u64> = (0..bits.len()).step_by(digits).map(|at| hexadecimal(&bits[at..at + digits])).collect();
+        let (numel, stride) = (self.numel.unwrap_or(table.len()), self.stride.unwrap_or(1));
+        Tensor::from_bits(dtype, (0..numel).map(|i| table[i * stride % table.len()]))
+    }
+}
+
+fn required(text: &Option<String>) -> f64 {
+    number(text.as_deref().unwrap_or_else(|| panic!("a parameter is missing")))
+}
+
+/// 16 hexadecimal digits, the bits of an f64.
+fn number(text: &str) -> f64 {
+    assert_eq!(text.len(), 16);
+    f64::from_bits(hexadecimal(text))
+}
+
+fn hexadecimal(text: &str) -> u64 {
+    u64::from_str_radix(text, 16).unwrap_or_else(|error| panic!("{text}: {error}"))
+}
