@@ -33,7 +33,8 @@ pub(crate) enum Isa {
     /// AVX2, FMA and F16C (Haswell, Zen and later).
     #[cfg(target_arch = "x86_64")]
     Avx2(x86::Avx2),
-    /// AVX-512 F, BW, DQ, VL besides (Skylake-X, Zen 4 and later).
+    /// AVX-512 F, BW, DQ, VL besides (Skylake-X, Zen 4 and later). On Zen 5 its norms are 1.2 to 1.8 times as fast as
+    /// those of AVX2 in L2 cache, and as fast from memory, within 10 %.
     #[cfg(target_arch = "x86_64")]
     Avx512(x86::Avx512),
     /// aarch64, whose baseline has FMA.
