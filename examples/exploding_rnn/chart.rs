@@ -178,7 +178,8 @@ fn norm_panels(area: &Area, setup: &Setup, kinds: &[&[Run]]) -> anyhow::Result<(
             chart.draw_series(LineSeries::new(points, colour.mix(0.7).stroke_width(px(1))))?;
         }
         if let Clipping::Norm(max_norm) = runs[0].clipping {
-            dashed(&mut chart, [(0.0, max_norm), (end, max_norm)])?;
+            let height = max_norm.clamp(range.start, range.end);
+            dashed(&mut chart, [(0.0, height), (end, height)])?;
         }
     }
     Ok(())
