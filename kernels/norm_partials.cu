@@ -130,7 +130,7 @@ struct Chains {
 template <class T, class Norm>
 struct WideChains {
   double factor;
-  PlainChain<Norm, double> chain[T::kPackNumel];
+  WideChain<Norm> chain[T::kPackNumel];
 
   __device__ __forceinline__ void add_row(const Pack& pack) {
 #pragma unroll

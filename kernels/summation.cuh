@@ -1,6 +1,6 @@
 // How terms are added up. The order is fixed by the index of the element inside its tensor, by nothing else:
 //   chain    the 8 elements that one lane meets at one place of its packs, in row order
-//   lane     its chains, merged two and two: at most 32 elements in f32, f64 above
+//   lane     its chains, merged two and two: at most 64 elements in f32, f64 above
 //   segment  32 lanes, by the xor tree 16, 8, 4, 2, 1
 //   tile     8 segments, as ((0+1)+(2+3))+((4+5)+(6+7))
 // src/cpu/norm_partials.rs adds in the same order; docs/numerics.md has the error bounds.
@@ -36,13 +36,13 @@ __device__ __forceinline__ Real term(Real x) {
   }
 }
 
-// A sum in one floating-point type. For f16 and bf16 in f32: the terms are exact (bf16: while they are in range).
-template <class Norm, class Real>
-struct PlainChain {
-  Real sum = Real(0);
-  __device__ __forceinline__ void step(Real x) { sum = add(sum, term<Norm>(x)); }
-  __device__ __forceinline__ void merge(const PlainChain& other) { sum = add(sum, other.sum); }
-  __device__ __forceinline__ double value() const { return static_cast<double>(sum); }
+// A sum in f64.
+template <class Norm>
+struct WideChain {
+  double sum = 0.0;
+  __device__ __forceinline__ void step(double x) { sum = add(sum, term<Norm>(x)); }
+  __device__ __forceinline__ void merge(const WideChain& other) { sum = add(sum, other.sum); }
+  __device__ __forceinline__ double value() const { return sum; }
 };
 
 // Knuth's TwoSum: a + b == sum + error, exactly.
@@ -79,31 +79,35 @@ struct CompensatedChain {
   }
 };
 
+// f16 and bf16. Their terms are exact in f32 (bf16: while they are in range), and so is a chain of one; only the merges
+// are compensated, or a handful of elements would be off by 6e-8. In longer chains many roundings average out.
+template <class Norm>
+struct HalfChain : CompensatedChain<Norm> {
+  __device__ __forceinline__ void step(float x) { this->sum = add(this->sum, term<Norm>(x)); }
+};
+
 template <class Norm, class T>
 struct FastChain {
-  using Type = PlainChain<Norm, typename T::Real>;
+  using Type = HalfChain<Norm>;
 };
 template <class Norm>
 struct FastChain<Norm, F32> {
   using Type = CompensatedChain<Norm>;
 };
+template <class Norm>
+struct FastChain<Norm, F64> {
+  using Type = WideChain<Norm>;
+};
 
-// One lane's chains to one f64.
+// One lane's chains to one f64: neighbours first.
 template <class T, class Chain>
 __device__ __forceinline__ double lane_sum(Chain (&chain)[T::kPackNumel]) {
 #pragma unroll
-  for (u32 j = 0; j < T::kPackNumel; j += 2) chain[j].merge(chain[j + 1]);
-  if constexpr (T::kPackNumel == 2) {
-    return chain[0].value();
-  } else {
+  for (u32 step = 1; step < T::kPackNumel; step *= 2) {
 #pragma unroll
-    for (u32 j = 0; j < T::kPackNumel; j += 4) chain[j].merge(chain[j + 2]);
-    if constexpr (T::kPackNumel == 4) {
-      return chain[0].value();
-    } else {
-      return add(chain[0].value(), chain[4].value());
-    }
+    for (u32 j = 0; j < T::kPackNumel; j += 2 * step) chain[j].merge(chain[j + step]);
   }
+  return chain[0].value();
 }
 
 __device__ __forceinline__ double warp_sum(double x) {

@@ -83,9 +83,9 @@
 //! The order of every addition is fixed by the index of an element inside its tensor and by the order of the list: not
 //! by the grid, the GPU, the number of threads or the instruction set. The same list gives the same norm, coefficient
 //! and gradients in every run and on every back end. f32 sums carry their rounding errors along; f64 takes over after
-//! at most 32 elements of f16 or bf16; values out of the safe range are added up again in f64. The norm of normally
-//! distributed gradients is promised within 1e-9 for f32 and f64, and within 5e-8 for more than 8 of f16 or bf16; any
-//! norm within 2e-6. Each clipped element is within one unit in the last place of `x * clip_coef`.
+//! at most 64 elements of f16 or bf16; values out of the safe range are added up again in f64. The norm of normally
+//! distributed gradients is promised within 1e-9 for f32 and f64, and within 5e-8 for f16 and bf16; any norm within
+//! 2e-6. Each clipped element is within one unit in the last place of `x * clip_coef`.
 //!
 //! The tests compare the kernels, compiled for the host, with the CPU path bit for bit. No GPU has run them yet. The
 //! order and the error bounds are in `docs/numerics.md` of the repository.

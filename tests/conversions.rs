@@ -25,14 +25,21 @@ fn clip_by<T: Float>(coef: f64) -> ClipNorm {
     ClipNorm::new(coef * largest).norm_type(NormType::Inf)
 }
 
+/// Every finite element before and after. In one tensor, where they are converted in vectors; and in pieces so short and
+/// so aligned that they are converted one at a time. The bits are the same.
 fn scaled<T: Float>(coef: f64) -> (Vec<T>, Vec<T>, f64)
 where
     Vec<T>: AsGradMut,
+    [T]: AsGradMut,
 {
     let before = all_finite::<T>();
-    let mut after = [before.clone()];
-    let report = cpu::clip_grad_norm(&mut after, clip_by::<T>(coef)).unwrap();
-    let [after] = after;
+    let mut whole = [before.clone()];
+    let report = cpu::clip_grad_norm(&mut whole, clip_by::<T>(coef)).unwrap();
+    let [after] = whole;
+    let mut in_pieces = before.clone();
+    let mut pieces: Vec<&mut [T]> = in_pieces.chunks_mut(15).collect();
+    assert_eq!(cpu::clip_grad_norm(&mut pieces, clip_by::<T>(coef)).unwrap(), report);
+    assert!(in_pieces.iter().zip(&after).all(|(a, b)| a.bits() == b.bits()), "{} * {coef:e} in pieces", T::DTYPE);
     (before, after, report.clip_coef)
 }
 
@@ -43,6 +50,7 @@ const COEFS: [f64; 12] = [0.999999, 0.75, 1.0 / 3.0, 0.1, 1e-3, 3e-5, 6e-8, 1e-2
 fn every_product_is_within_one_unit<T: Float>()
 where
     Vec<T>: AsGradMut,
+    [T]: AsGradMut,
 {
     for coef in COEFS {
         let (before, after, clip_coef) = scaled::<T>(coef);
@@ -84,6 +92,7 @@ fn every_bf16_times_any_coefficient() {
 fn powers_of_two_are_rounded_to_nearest_even<T: Float>()
 where
     Vec<T>: AsGradMut,
+    [T]: AsGradMut,
 {
     for exponent in (1..45).chain([60, 61, 100, 126, 127, 140, 149, 150, 200, 300]) {
         let coef = format::power_of_two(-exponent);

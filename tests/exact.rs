@@ -213,13 +213,14 @@ fn tolerances_keep_the_promises() {
             assert!(any_length <= tolerance::PROMISED_WORST_CASE, "{dtype} {norm_type:?}: {any_length:e}");
         }
     }
-    for dtype in [Dtype::F32, Dtype::F64] {
-        for norm_type in [L1, L2] {
+    for norm_type in [L1, L2] {
+        for dtype in [Dtype::F16, Dtype::BF16] {
+            let one_row = tolerance::norm_of(dtype, 256, norm_type);
+            assert!(one_row <= tolerance::promised_on_normal_data(dtype), "{dtype} {norm_type:?}");
+        }
+        for dtype in [Dtype::F32, Dtype::F64] {
             let any_length = tolerance::norm_of(dtype, 1 << 34, norm_type);
-            assert!(
-                any_length <= tolerance::promised_on_normal_data(dtype, 1 << 34, norm_type),
-                "{dtype} {norm_type:?}"
-            );
+            assert!(any_length <= tolerance::promised_on_normal_data(dtype), "{dtype} {norm_type:?}");
         }
     }
 }

@@ -1,10 +1,25 @@
 //! Lists of gradients as real models have them: the number of elements of each parameter, in order. Derived from the
-//! published architectures; the totals are asserted against the published parameter counts.
+//! published architectures; the counts are asserted against the published ones.
 
 /// A named list.
 pub struct Shapes {
     pub name: &'static str,
     pub numels: Vec<usize>,
+}
+
+impl Shapes {
+    fn new(name: &'static str, numels: Vec<usize>) -> Self {
+        Self { name, numels }
+    }
+
+    pub fn total(&self) -> usize {
+        self.numels.iter().sum()
+    }
+}
+
+/// `count` tensors of `numel` elements.
+pub fn equal(name: &'static str, count: usize, numel: usize) -> Shapes {
+    Shapes::new(name, vec![numel; count])
 }
 
 /// ResNet-50: convolutions, each followed by a batch norm's weight and bias, and a classifier.
@@ -27,44 +42,81 @@ pub fn resnet50() -> Shapes {
         }
     }
     numels.extend([2048 * 1000, 1000]);
-    Shapes { name: "ResNet-50", numels }
+    Shapes::new("ResNet-50", numels)
 }
 
-/// GPT-2 with `layers` of width `d`.
-fn gpt2(name: &'static str, layers: usize, d: usize) -> Shapes {
+/// A layer of GPT-2 or of ViT: two norms, attention, MLP, all with biases.
+fn transformer_layer(d: usize) -> [usize; 12] {
+    [d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d]
+}
+
+/// GPT-2 with 124 M parameters.
+pub fn gpt2() -> Shapes {
+    let d = 768;
     let mut numels = vec![50257 * d, 1024 * d];
-    for _ in 0..layers {
-        numels.extend([d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d]);
-    }
+    numels.extend((0..12).flat_map(|_| transformer_layer(d)));
     numels.extend([d, d]);
-    Shapes { name, numels }
+    Shapes::new("GPT-2", numels)
 }
 
-/// GPT-2, 124 M parameters.
-pub fn gpt2_small() -> Shapes {
-    gpt2("GPT-2 124M", 12, 768)
-}
-
-/// ViT-B/16: patch embedding, class token, positions, 12 layers, norm, head.
+/// ViT-B/16: class token, patch embedding, positions, 12 layers, norm, head.
 pub fn vit_b16() -> Shapes {
     let d = 768;
     let mut numels = vec![d, 3 * 16 * 16 * d, d, 197 * d];
-    for _ in 0..12 {
-        numels.extend([d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d]);
-    }
+    numels.extend((0..12).flat_map(|_| transformer_layer(d)));
     numels.extend([d, d, 1000 * d, 1000]);
-    Shapes { name: "ViT-B/16", numels }
+    Shapes::new("ViT-B/16", numels)
 }
 
-/// `count` tensors of `numel` elements.
-pub fn equal(name: &'static str, count: usize, numel: usize) -> Shapes {
-    Shapes { name, numels: vec![numel; count] }
+/// Mamba-130M: 24 layers of A_log, D, in_proj, conv and bias, x_proj, dt_proj and bias, out_proj, norm.
+pub fn mamba_130m() -> Shapes {
+    let (d, inner, state, rank) = (768, 1536, 16, 48);
+    let layer = [
+        inner * state,
+        inner,
+        2 * inner * d,
+        inner * 4,
+        inner,
+        (rank + 2 * state) * inner,
+        inner * rank,
+        inner,
+        d * inner,
+        d,
+    ];
+    let mut numels = vec![50280 * d];
+    numels.extend((0..24).flat_map(|_| layer));
+    numels.push(d);
+    Shapes::new("Mamba-130M", numels)
+}
+
+/// Llama-3.2-1B: 16 layers of q, k, v, o, gate, up, down and two norms; the head is the embedding.
+pub fn llama_1b() -> Shapes {
+    let (d, kv, ff) = (2048, 512, 8192);
+    let mut numels = vec![128_256 * d];
+    numels.extend((0..16).flat_map(|_| [d * d, kv * d, kv * d, d * d, ff * d, ff * d, d * ff, d, d]));
+    numels.push(d);
+    Shapes::new("Llama-3.2-1B", numels)
+}
+
+/// LoRA of rank 16 on all seven projections of Llama-3-8B.
+pub fn lora() -> Shapes {
+    let (d, kv, ff, rank): (usize, usize, usize, usize) = (4096, 1024, 14336, 16);
+    let projections = [(d, d), (d, kv), (d, kv), (d, d), (d, ff), (d, ff), (ff, d)];
+    let pairs = |(input, output)| [rank * input, output * rank];
+    Shapes::new("LoRA r16", (0..32).flat_map(|_| projections).flat_map(pairs).collect())
 }
 
 /// Tensors and elements against what is published.
 pub fn check() {
-    let published = [(resnet50(), 161, 25_557_032), (vit_b16(), 152, 86_567_656), (gpt2_small(), 148, 124_439_808)];
+    let published = [
+        (resnet50(), 161, 25_557_032),
+        (vit_b16(), 152, 86_567_656),
+        (gpt2(), 148, 124_439_808),
+        (mamba_130m(), 242, 129_135_360),
+        (llama_1b(), 146, 1_235_814_400),
+        (lora(), 448, 41_943_040),
+    ];
     for (shapes, tensors, elements) in published {
-        assert_eq!((shapes.numels.len(), shapes.numels.iter().sum::<usize>()), (tensors, elements), "{}", shapes.name);
+        assert_eq!((shapes.numels.len(), shapes.total()), (tensors, elements), "{}", shapes.name);
     }
 }

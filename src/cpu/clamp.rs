@@ -104,7 +104,7 @@ fn key_of_16_bits(bits: u16) -> i16 {
 /// second look (Zen 5, one core, part of the bandwidth of a plain loop in place when every chunk is written: f32 61 %
 /// with 8 KiB, 66 % with 4, 88 % with 1, 110 % with the prefetch too).
 const CHUNK_BYTES: usize = 1024;
-/// Chunks that the processor is told to fetch before they are read: 8 KiB, as for the norm.
+/// Chunks that the processor is told to fetch before they are read: 8 KiB.
 const CHUNKS_AHEAD: usize = 8;
 
 struct ClampElements<'a, T> {

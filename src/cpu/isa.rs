@@ -125,9 +125,9 @@ fn mul_add_by_f64(a: f32, b: f32, c: f32) -> f32 {
 pub(crate) fn prefetch<T>(place: &T) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_NTA};
         // SAFETY: a hint; it reads nothing that the program can see, and SSE is part of the target.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(std::ptr::from_ref(place).cast()) };
     }
     let _ = place;
 }

@@ -7,22 +7,28 @@ use super::partial::{
     xor_tree, Partial, LARGEST_SAFE_F64, RANGE_FACTOR, RANGE_FACTOR_INVERSE, SMALLEST_SAFE_F32_SQUARES,
     SMALLEST_SAFE_F64_SQUARES,
 };
-use super::summation::FastSum;
+use super::summation::{FastSum, LaneSums, Lines};
 use crate::abi::{SEGMENTS_PER_TILE, WARP_THREADS};
 use crate::dtype::Dtype;
 use crate::options::NormType;
+use std::hint::black_box;
 
 /// Segments that the processor is told to fetch before they are read. The sums hold too many instructions of arithmetic
-/// for each cache line for it to keep enough lines in flight by itself. L2 norm from memory, one core of a Zen 5, in
-/// percent of a plain read's bandwidth (AVX-512 / AVX2):
+/// for each cache line for it to keep enough lines in flight by itself; without, down to 37 % of a plain read were seen.
+/// L2 norm of 512 MiB, both cores of a Zen 5 virtual machine, in percent of a plain read's bandwidth, with the hints to
+/// keep the lines (T0) and not to (NTA), median of 5 runs that are up to 5 % apart, AVX-512 / AVX2:
 ///
-/// | ahead | f32 | f64 | f16 | bf16 |
+/// | hint, ahead | f32 | f64 | f16 | bf16 |
 /// |---|---|---|---|---|
-/// | none | 75 / 37 | 89 / 59 | 63 / 48 | 74 / 39 |
-/// | 1 | 100 / 84 | 106 / 84 | 96 / 77 | 97 / 82 |
-/// | 2 | 100 / 93 | 108 / 89 | 99 / 86 | 97 / 93 |
-/// | 4 | 91 / 89 | 106 / 86 | 84 / 75 | 95 / 88 |
-const SEGMENTS_AHEAD: usize = 2;
+/// | T0, 1 | 89 / 92 | 92 / 93 | 91 / 82 | 93 / 90 |
+/// | T0, 2 | 88 / 92 | 87 / 90 | 94 / 79 | 91 / 87 |
+/// | T0, 4 | 86 / 92 | 84 / 92 | 93 / 77 | 88 / 86 |
+/// | NTA, 1 | 90 / 94 | 91 / 95 | 95 / 80 | 94 / 94 |
+/// | NTA, 2 | 93 / 97 | 87 / 97 | 96 / 79 | 94 / 90 |
+/// | NTA, 4 | 88 / 94 | 85 / 97 | 91 / 81 | 91 / 91 |
+///
+/// A clip of what fits a cache, which reads the lines again, was as fast with NTA as with T0.
+const SEGMENTS_AHEAD: usize = 1;
 
 /// The partials of the first tiles of `elements`, which are one tensor from a tile border to its end.
 pub(crate) fn tile_partials<T: FastSum>(isa: Isa, norm_type: NormType, elements: &[T], partials: &mut [Partial]) {
@@ -45,11 +51,11 @@ impl<T: FastSum, const L2: bool> Kernel for SumTiles<'_, T, L2> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let norm_type = if L2 { NormType::L2 } else { NormType::L1 };
-        let mut segments = self.elements.chunks(T::SEGMENT_NUMEL);
         let mut ahead = self.elements.chunks_exact(T::SEGMENT_NUMEL).skip(SEGMENTS_AHEAD);
-        for partial in self.partials {
-            let mut partials = [Partial::default(); SEGMENTS_PER_TILE];
-            for (partial, segment) in partials.iter_mut().zip(&mut segments) {
+        for (partial, tile) in self.partials.iter_mut().zip(self.elements.chunks(T::TILE_NUMEL)) {
+            let segments = tile.chunks(T::SEGMENT_NUMEL);
+            let mut lanes = [Lines([0.0; WARP_THREADS]); SEGMENTS_PER_TILE];
+            for (lanes, segment) in lanes.iter_mut().zip(segments.clone()) {
                 let mut padded;
                 let segment = if segment.len() == T::SEGMENT_NUMEL {
                     segment
@@ -60,11 +66,26 @@ impl<T: FastSum, const L2: bool> Kernel for SumTiles<'_, T, L2> {
                     padded[..segment.len()].copy_from_slice(segment);
                     padded
                 };
-                *partial = segment_partial::<T, L2, S>(simd, segment, ahead.next().unwrap_or(segment));
+                *lanes = T::lane_sums::<L2, S>(simd, segment, ahead.next().unwrap_or(segment));
+            }
+            let mut partials = [Partial::default(); SEGMENTS_PER_TILE];
+            for ((partial, sum), segment) in partials.iter_mut().zip(sums_of_lanes(&lanes)).zip(segments) {
+                *partial = if in_safe_range::<T, L2>(sum) {
+                    Partial::unscaled(sum)
+                } else {
+                    rescued_sum::<T, L2>(segment, sum)
+                };
             }
             *partial = fold_segments(partials, norm_type);
         }
     }
+}
+
+/// The trees of all segments of a tile at once: one tree alone is a chain of shuffles and additions that wait for each
+/// other, and takes as long as a third of a segment.
+#[inline(always)]
+fn sums_of_lanes(lanes: &[LaneSums; SEGMENTS_PER_TILE]) -> [f64; SEGMENTS_PER_TILE] {
+    black_box(lanes).map(|lanes| xor_tree(lanes.0, |a, b| a + b))
 }
 
 /// ((0+1)+(2+3))+((4+5)+(6+7))
@@ -78,16 +99,6 @@ fn fold_segments(mut fold: [Partial; SEGMENTS_PER_TILE], norm_type: NormType) ->
         step *= 2;
     }
     fold[0]
-}
-
-#[inline(always)]
-fn segment_partial<T: FastSum, const L2: bool, S: Simd>(simd: S, segment: &[T], ahead: &[T]) -> Partial {
-    let sum = T::segment_sum::<L2, S>(simd, segment, ahead);
-    if in_safe_range::<T, L2>(sum) {
-        Partial::unscaled(sum)
-    } else {
-        rescued_sum::<T, L2>(segment, sum)
-    }
 }
 
 #[inline(always)]
@@ -116,8 +127,8 @@ fn rescued_sum<T: CpuElement, const L2: bool>(segment: &[T], fast_sum: f64) -> P
     };
     let lane_sum = |lane: usize| {
         let chain = |j: usize| {
-            let elements = segment[lane * T::PACK_NUMEL + j..].iter().step_by(T::ROW_NUMEL);
-            elements.fold(0.0, |sum, x| {
+            let elements = segment.get(lane * T::PACK_NUMEL + j..).unwrap_or_default();
+            elements.iter().step_by(T::ROW_NUMEL).fold(0.0, |sum, x| {
                 let x = x.wide() * factor;
                 sum + if L2 { x * x } else { x.abs() }
             })

@@ -7,7 +7,6 @@
 
 use super::element::CpuElement;
 use super::isa::{prefetch, Simd};
-use super::partial::xor_tree;
 use crate::abi::{ROWS_PER_SEGMENT, WARP_THREADS};
 use half::{bf16, f16};
 use std::hint::black_box;
@@ -24,8 +23,8 @@ pub(crate) trait FastSum: CpuElement {
     /// Room for one segment.
     type Segment: AsMut<[Self]>;
     fn zeroed_segment() -> Self::Segment;
-    /// The sum of `segment`; meanwhile the processor fetches `ahead`. Both have `SEGMENT_NUMEL` elements.
-    fn segment_sum<const L2: bool, S: Simd>(simd: S, segment: &[Self], ahead: &[Self]) -> f64;
+    /// The sums of the lanes of `segment`; meanwhile the processor fetches `ahead`. Both have `SEGMENT_NUMEL` elements.
+    fn lane_sums<const L2: bool, S: Simd>(simd: S, segment: &[Self], ahead: &[Self]) -> LaneSums;
     fn largest_magnitude_bits(elements: &[Self]) -> u64;
 }
 
@@ -47,7 +46,7 @@ impl FastSum for f32 {
         [0.0; 1024]
     }
     #[inline(always)]
-    fn segment_sum<const L2: bool, S: Simd>(_: S, segment: &[f32], ahead: &[f32]) -> f64 {
+    fn lane_sums<const L2: bool, S: Simd>(_: S, segment: &[f32], ahead: &[f32]) -> LaneSums {
         compensated_sum::<L2, S>(rows(segment), ahead)
     }
     largest_magnitude_bits!(i32);
@@ -59,8 +58,8 @@ impl FastSum for f64 {
         [0.0; 512]
     }
     #[inline(always)]
-    fn segment_sum<const L2: bool, S: Simd>(_: S, segment: &[f64], ahead: &[f64]) -> f64 {
-        plain_sum_f64::<L2>(rows(segment), ahead)
+    fn lane_sums<const L2: bool, S: Simd>(_: S, segment: &[f64], ahead: &[f64]) -> LaneSums {
+        wide_sum::<L2>(rows(segment), ahead)
     }
     largest_magnitude_bits!(i64);
 }
@@ -71,8 +70,8 @@ impl FastSum for f16 {
         [f16::ZERO; 2048]
     }
     #[inline(always)]
-    fn segment_sum<const L2: bool, S: Simd>(simd: S, segment: &[f16], ahead: &[f16]) -> f64 {
-        plain_sum_f32::<L2, _, S>(simd, rows(segment), ahead)
+    fn lane_sums<const L2: bool, S: Simd>(simd: S, segment: &[f16], ahead: &[f16]) -> LaneSums {
+        half_sum::<L2, _, S>(simd, rows(segment), ahead)
     }
     largest_magnitude_bits!(i16);
 }
@@ -83,8 +82,8 @@ impl FastSum for bf16 {
         [bf16::ZERO; 2048]
     }
     #[inline(always)]
-    fn segment_sum<const L2: bool, S: Simd>(simd: S, segment: &[bf16], ahead: &[bf16]) -> f64 {
-        plain_sum_f32::<L2, _, S>(simd, rows(segment), ahead)
+    fn lane_sums<const L2: bool, S: Simd>(simd: S, segment: &[bf16], ahead: &[bf16]) -> LaneSums {
+        half_sum::<L2, _, S>(simd, rows(segment), ahead)
     }
     largest_magnitude_bits!(i16);
 }
@@ -111,7 +110,9 @@ fn prefetch_part<T>(ahead: &[T], first: usize, row: usize) {
 /// into them, to every row (f64, L2, AVX-512: 74 GB/s instead of 117); hence [`black_box`].
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Lines<T>(T);
+pub(crate) struct Lines<T>(pub T);
+
+pub(crate) type LaneSums = Lines<[f64; WARP_THREADS]>;
 
 /// x^2 or |x|.
 #[inline(always)]
@@ -151,7 +152,7 @@ fn two_sum(a: f32, b: f32) -> (f32, f32) {
 
 /// Dot2 of Ogita, Rump and Oishi (2005): the sum with its rounding errors carried beside it.
 #[inline(always)]
-fn compensated_sum<const L2: bool, S: Simd>(rows: &[[f32; 128]], ahead: &[f32]) -> f64 {
+fn compensated_sum<const L2: bool, S: Simd>(rows: &[[f32; 128]], ahead: &[f32]) -> LaneSums {
     const GROUP: usize = GROUP_BYTES / size_of::<f32>();
     let (mut sum, mut error) = (Lines([0.0; 128]), Lines([0.0; 128]));
     for first in (0..128).step_by(GROUP) {
@@ -174,13 +175,19 @@ fn compensated_sum<const L2: bool, S: Simd>(rows: &[[f32; 128]], ahead: &[f32]) 
         sum.0[first..][..GROUP].copy_from_slice(&s);
         error.0[first..][..GROUP].copy_from_slice(&e);
     }
-    let (sum, error) = merge_neighbours::<128, 64>(sum.0, error.0);
+    sum_of_quads(sum.0, error.0)
+}
+
+/// The sum of 32 lanes of 4 chains each, with their errors.
+#[inline(always)]
+fn sum_of_quads(sum: [f32; 128], error: [f32; 128]) -> LaneSums {
+    let (sum, error) = merge_neighbours::<128, 64>(sum, error);
     let (sum, error) = merge_neighbours::<64, WARP_THREADS>(sum, error);
     let mut lanes = Lines([0.0; WARP_THREADS]);
     for i in 0..WARP_THREADS {
         lanes.0[i] = f64::from(sum[i]) + f64::from(error[i]);
     }
-    sum_of_lanes(&lanes)
+    lanes
 }
 
 #[inline(always)]
@@ -202,8 +209,8 @@ trait Unpack: Copy {
     fn unpack<S: Simd>(simd: S, group: &[Self; HALF_GROUP]) -> [f32; HALF_GROUP];
     /// Stores the sums of the group from chain `first` on.
     fn store(sum: &mut [f32; 256], first: usize, group: &[f32; HALF_GROUP]);
-    /// Sums of neighbours, in the order of the elements, from what [`store`](Self::store) stored.
-    fn add_neighbours(sum: &[f32; 256]) -> [f32; 128];
+    /// Of what [`store`](Self::store) stored, the chains of the `i`-th pair of neighbours.
+    fn pair(sum: &[f32; 256], i: usize) -> (f32, f32);
 }
 
 impl Unpack for f16 {
@@ -217,8 +224,8 @@ impl Unpack for f16 {
         sum[first..][..HALF_GROUP].copy_from_slice(group);
     }
     #[inline(always)]
-    fn add_neighbours(sum: &[f32; 256]) -> [f32; 128] {
-        add_neighbours(sum)
+    fn pair(sum: &[f32; 256], i: usize) -> (f32, f32) {
+        (sum[2 * i], sum[2 * i + 1])
     }
 }
 
@@ -244,18 +251,14 @@ impl Unpack for bf16 {
         odd[first / 2..][..HALF_GROUP / 2].copy_from_slice(&group[HALF_GROUP / 2..]);
     }
     #[inline(always)]
-    fn add_neighbours(sum: &[f32; 256]) -> [f32; 128] {
-        let mut pairs = [0.0; 128];
-        for i in 0..128 {
-            pairs[i] = sum[i] + sum[128 + i];
-        }
-        pairs
+    fn pair(sum: &[f32; 256], i: usize) -> (f32, f32) {
+        (sum[i], sum[128 + i])
     }
 }
 
-/// f16 and bf16 in f32: the terms are exact, at most 32 are added before f64 takes over.
+/// f16 and bf16: the terms are exact in f32, and so are the merges with their errors; only the chains round.
 #[inline(always)]
-fn plain_sum_f32<const L2: bool, T: Unpack, S: Simd>(simd: S, rows: &[[T; 256]], ahead: &[T]) -> f64 {
+fn half_sum<const L2: bool, T: Unpack, S: Simd>(simd: S, rows: &[[T; 256]], ahead: &[T]) -> LaneSums {
     let mut sum = Lines([0.0; 256]);
     for first in (0..256).step_by(HALF_GROUP) {
         let mut s = [0.0; HALF_GROUP];
@@ -268,25 +271,17 @@ fn plain_sum_f32<const L2: bool, T: Unpack, S: Simd>(simd: S, rows: &[[T; 256]],
         }
         T::store(&mut sum.0, first, &s);
     }
-    let quads: [f32; 64] = add_neighbours(&T::add_neighbours(&black_box(&sum).0));
-    let mut lanes = Lines([0.0; WARP_THREADS]);
-    for i in 0..WARP_THREADS {
-        lanes.0[i] = f64::from(quads[2 * i]) + f64::from(quads[2 * i + 1]);
+    let sum = &black_box(&sum).0;
+    let (mut pairs, mut errors) = ([0.0; 128], [0.0; 128]);
+    for i in 0..128 {
+        let (left, right) = T::pair(sum, i);
+        (pairs[i], errors[i]) = two_sum(left, right);
     }
-    sum_of_lanes(&lanes)
+    sum_of_quads(pairs, errors)
 }
 
 #[inline(always)]
-fn add_neighbours<const N: usize, const HALF: usize>(x: &[f32; N]) -> [f32; HALF] {
-    let mut sums = [0.0; HALF];
-    for i in 0..HALF {
-        sums[i] = x[2 * i] + x[2 * i + 1];
-    }
-    sums
-}
-
-#[inline(always)]
-fn plain_sum_f64<const L2: bool>(rows: &[[f64; 64]], ahead: &[f64]) -> f64 {
+fn wide_sum<const L2: bool>(rows: &[[f64; 64]], ahead: &[f64]) -> LaneSums {
     const GROUP: usize = GROUP_BYTES / size_of::<f64>();
     let mut sum = Lines([0.0; 64]);
     for first in (0..64).step_by(GROUP) {
@@ -304,10 +299,5 @@ fn plain_sum_f64<const L2: bool>(rows: &[[f64; 64]], ahead: &[f64]) -> f64 {
     for i in 0..WARP_THREADS {
         lanes.0[i] = sum.0[2 * i] + sum.0[2 * i + 1];
     }
-    sum_of_lanes(&lanes)
-}
-
-#[inline(always)]
-fn sum_of_lanes(lanes: &Lines<[f64; WARP_THREADS]>) -> f64 {
-    xor_tree(black_box(lanes).0, |a, b| a + b)
+    lanes
 }

@@ -7,21 +7,16 @@
 
 use super::format::Format;
 use super::tensor::{tiles, Tensor};
-use gradclip::abi::FOLD_THREADS;
+use gradclip::abi::{FOLD_THREADS, ROWS_PER_SEGMENT, ROW_BYTES};
 use gradclip::{Dtype, NormType};
 
 const U: f64 = 1.0 / (1u64 << 24) as f64;
 const V: f64 = 1.0 / (1u64 << 53) as f64;
 
 /// Promised for normally distributed gradients (docs/numerics.md): relative to the exactly rounded norm.
-///
-/// Of f16 and bf16 the bound is where many roundings average out. A few elements meet too few of them: up to 8 are one
-/// lane, with one element a chain, whose sum takes two roundings in f32 and then none.
-pub fn promised_on_normal_data(dtype: Dtype, numel: usize, norm_type: NormType) -> f64 {
-    match (dtype, norm_type) {
-        (Dtype::F32 | Dtype::F64, _) => 1e-9,
-        (_, NormType::L1) if numel <= 8 => 2.0 * U,
-        (_, NormType::L2) if numel <= 8 => U,
+pub fn promised_on_normal_data(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 | Dtype::F64 => 1e-9,
         _ => 5e-8,
     }
 }
@@ -36,13 +31,13 @@ pub const PROMISED_WORST_CASE: f64 = 2e-6;
 /// of a tile; then each of [`FOLD_THREADS`] threads adds every 1024th tile, and 10 levels add up the threads. Changes
 /// of range are multiplications by powers of two: exact, or below 2^-170 of the sum.
 pub fn norm(tensors: &[Tensor], norm_type: NormType) -> f64 {
-    let lanes = tensors.iter().map(|tensor| lane_sum(tensor.dtype())).fold(0.0, f64::max);
+    let lanes = tensors.iter().map(|tensor| lane_sum(tensor.dtype(), tensor.numel())).fold(0.0, f64::max);
     norm_of_sum(lanes, tiles(tensors), norm_type)
 }
 
 /// [`norm`] of one tensor.
 pub fn norm_of(dtype: Dtype, numel: usize, norm_type: NormType) -> f64 {
-    norm_of_sum(lane_sum(dtype), (numel * dtype.size()).div_ceil(gradclip::abi::TILE_BYTES), norm_type)
+    norm_of_sum(lane_sum(dtype, numel), (numel * dtype.size()).div_ceil(gradclip::abi::TILE_BYTES), norm_type)
 }
 
 fn norm_of_sum(lanes: f64, tiles: usize, norm_type: NormType) -> f64 {
@@ -55,16 +50,20 @@ fn norm_of_sum(lanes: f64, tiles: usize, norm_type: NormType) -> f64 {
     }
 }
 
-/// Relative error of the sum of one lane: 8 terms a chain, then 1 level over 2 chains (f64), 2 over 4 of 8 (f16, bf16)
-/// or of 4 (f32).
-fn lane_sum(dtype: Dtype) -> f64 {
+/// Relative error of the sum of one lane: 8 terms a chain, then 1 level over 2 chains (f64), 2 over 4 (f32) or 3 over 8
+/// (f16, bf16).
+fn lane_sum(dtype: Dtype, numel: usize) -> f64 {
     // Squares below 2^-126 lose up to 2^-150 each, of 2048 that add up to 2^-92 or are redone in f64.
     let underflow = 2048.0 * 2f64.powi(-150 + 92);
     match dtype {
         // The square is rounded, then 7 of 8 additions (the first is to zero) and 1 level.
         Dtype::F64 => 10.0 * V,
-        // Terms are exact: squares of 8 or 11 bits fit 24. 7 additions and 2 levels.
-        Dtype::F16 | Dtype::BF16 => 9.0 * U * (1.0 + 9.0 * U) + underflow,
+        // Terms are exact: squares of 8 or 11 bits fit 24. 7 additions, none in a chain of one. What the 3 levels of
+        // merges round is carried beside the sum, 3 u together, and rounded at most twice a level.
+        Dtype::F16 | Dtype::BF16 => {
+            let additions = (numel * dtype.size()).div_ceil(ROW_BYTES).clamp(1, ROWS_PER_SEGMENT) - 1;
+            additions as f64 * U * (1.0 + 7.0 * U) + 20.0 * U * U + underflow
+        }
         // Dot2. The errors carried beside the sum are u for each square and u for each of the 9 additions it goes
         // through, together 10 u of the sum; as they are added up in f32 they are rounded at most 13 times: twice on
         // entering a chain, 7 times in it, twice at each of 2 levels.
