@@ -110,6 +110,9 @@ pub mod cuda;
 #[cfg(feature = "candle")]
 #[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
 pub use adapters::candle;
+#[cfg(feature = "candle")]
+#[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
+pub use adapters::Deferred;
 
 #[doc(hidden)]
 pub mod abi;
@@ -125,7 +128,7 @@ mod value_bounds;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use options::{ClipNorm, ClipValue, NonFinite, NormType};
-pub use report::{NormReport, ValueReport};
+pub use report::{NormReport, Report, ValueReport};
 
 /// Reports of past calls that a CUDA clipper keeps on the device.
 pub const REPORTS_KEPT: usize = 256;

@@ -1,5 +1,7 @@
 //! What a call found and did.
 
+use crate::abi::{action, ReportSlot, NO_TILE};
+
 /// Result of [`clip_grad_norm`](crate::cpu::clip_grad_norm) or [`total_norm`](crate::cpu::total_norm).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
@@ -26,4 +28,53 @@ pub struct ValueReport {
     pub written: bool,
     /// Index of the first tensor that held a NaN or an Inf.
     pub first_nonfinite: Option<usize>,
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::NormReport {}
+    impl Sealed for super::ValueReport {}
+}
+
+/// A report of any verb: [`NormReport`], [`ValueReport`].
+pub trait Report: sealed::Sealed + Copy {
+    /// What a kernel has left on the device.
+    #[doc(hidden)]
+    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self;
+    /// The same report, with the index of its tensor changed.
+    #[doc(hidden)]
+    #[must_use]
+    fn rename_tensors(self, name: &dyn Fn(usize) -> usize) -> Self;
+}
+
+fn first_nonfinite(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Option<usize> {
+    (slot.first_bad_tile != NO_TILE).then(|| tensor_of(slot.first_bad_tile)).flatten()
+}
+
+impl Report for NormReport {
+    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
+        Self {
+            total_norm: slot.total_norm,
+            clip_coef: slot.clip_coef,
+            written: slot.action != action::KEEP,
+            first_nonfinite: first_nonfinite(slot, tensor_of),
+        }
+    }
+    fn rename_tensors(self, name: &dyn Fn(usize) -> usize) -> Self {
+        Self { first_nonfinite: self.first_nonfinite.map(name), ..self }
+    }
+}
+
+impl Report for ValueReport {
+    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
+        Self {
+            clipped: slot.clipped_elements,
+            nan: slot.nan_elements,
+            written: slot.action != action::KEEP,
+            first_nonfinite: first_nonfinite(slot, tensor_of),
+        }
+    }
+    fn rename_tensors(self, name: &dyn Fn(usize) -> usize) -> Self {
+        Self { first_nonfinite: self.first_nonfinite.map(name), ..self }
+    }
 }

@@ -4,8 +4,19 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Storage, Tensor, Var};
-use gradclip::candle::{clip_grad_norm, clip_grad_value, total_norm};
-use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormType};
+use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormReport, NormType, ValueReport};
+
+fn total_norm(vars: &[Var], grads: &GradStore, norm_type: NormType) -> Result<NormReport, Error> {
+    gradclip::candle::total_norm(vars, grads, norm_type)?.wait()
+}
+
+fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipNorm>) -> Result<NormReport, Error> {
+    gradclip::candle::clip_grad_norm(vars, grads, clip)?.wait()
+}
+
+fn clip_grad_value(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipValue>) -> Result<ValueReport, Error> {
+    gradclip::candle::clip_grad_value(vars, grads, clip)?.wait()
+}
 
 fn var(values: &[f32]) -> Var {
     Var::new(values, &Device::Cpu).unwrap()
@@ -88,6 +99,18 @@ fn views_that_are_not_contiguous_are_replaced() {
         }
     }
     assert_eq!(base.to_vec2::<f32>().unwrap(), [[3.0, 9.0], [4.0, 9.0]], "the memory behind the view is untouched");
+}
+
+#[test]
+fn a_shared_view_that_is_not_contiguous_is_replaced_for_both() {
+    let vars = [var(&[0.0]), var(&[0.0])];
+    let base = Tensor::new(&[[3.0f32, 0.0], [4.0, 0.0]], &Device::Cpu).unwrap();
+    let column = base.t().unwrap().narrow(0, 0, 1).unwrap().t().unwrap();
+    assert!(!column.is_contiguous());
+    let mut grads = store(&vars, &[column.clone(), column]);
+    assert_eq!(clip_grad_norm(&vars, &mut grads, 2.5).unwrap().total_norm, 5.0, "counted once");
+    assert_eq!((values(&grads, &vars[0]), values(&grads, &vars[1])), (vec![1.5, 2.0], vec![1.5, 2.0]));
+    assert_eq!(storage_address(grads.get(&vars[0]).unwrap()), storage_address(grads.get(&vars[1]).unwrap()));
 }
 
 #[test]

@@ -83,7 +83,7 @@ pub fn train(setup: &Setup, clipping: Clipping, seed: u64, mut progress: impl Fn
         run.step_time += forward.elapsed();
         if !matches!(clipping, Clipping::Norm(_)) {
             // For the chart, so not timed: norm clipping reports its norm anyway.
-            run.norms.push(gradclip::candle::total_norm(&vars, &grads, NormType::L2)?.total_norm);
+            run.norms.push(gradclip::candle::total_norm(&vars, &grads, NormType::L2)?.wait()?.total_norm);
         }
 
         let clip = Instant::now();
@@ -91,13 +91,13 @@ pub fn train(setup: &Setup, clipping: Clipping, seed: u64, mut progress: impl Fn
         match clipping {
             Clipping::Off => {}
             Clipping::Norm(max_norm) => {
-                let report = gradclip::candle::clip_grad_norm(&vars, &mut grads, max_norm)?;
+                let report = gradclip::candle::clip_grad_norm(&vars, &mut grads, max_norm)?.wait()?;
                 run.norms.push(report.total_norm);
                 run.clipped += usize::from(report.written);
                 finite = report.first_nonfinite.is_none();
             }
             Clipping::Value(clip_value) => {
-                let report = gradclip::candle::clip_grad_value(&vars, &mut grads, clip_value)?;
+                let report = gradclip::candle::clip_grad_value(&vars, &mut grads, clip_value)?.wait()?;
                 run.clipped += usize::from(report.written);
                 finite = report.nan == 0;
             }

@@ -17,7 +17,7 @@ pub struct Found {
     raw: bool,
 }
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
 }
 
@@ -46,13 +46,20 @@ pub struct WrongContext {
     got: String,
 }
 
+impl WrongContext {
+    /// `got` says where the gradient is instead.
+    pub(crate) fn new(got: String) -> Self {
+        Self { got }
+    }
+}
+
 fn check_context(own: &CudaContext, stream: &CudaStream) -> std::result::Result<(), WrongContext> {
     if own.cu_ctx() == stream.context().cu_ctx() {
         return Ok(());
     }
     let same_device = own.ordinal() == stream.context().ordinal();
     let which = if same_device { " in another context" } else { "" };
-    Err(WrongContext { got: format!("cuda:{}{which}", own.ordinal()) })
+    Err(WrongContext::new(format!("cuda:{}{which}", own.ordinal())))
 }
 
 fn found<T: Element>(address: u64, numel: usize) -> Found {

@@ -4,3 +4,10 @@
 pub mod candle;
 #[cfg(feature = "cuda")]
 pub(crate) mod cudarc;
+#[cfg(feature = "candle")]
+mod deferred;
+#[cfg(feature = "candle")]
+mod variables;
+
+#[cfg(feature = "candle")]
+pub use deferred::Deferred;

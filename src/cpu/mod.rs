@@ -99,14 +99,7 @@ pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>
     check(&grads.iter().map(AsGrad::as_grad).collect::<Vec<_>>())?;
     let bounds = value_bounds::in_each_dtype(&clip);
     let mut writable: Vec<GradMut<'_>> = grads.iter_mut().map(AsGradMut::as_grad_mut).collect();
-    let counts = clamp_all(&bounds, &mut writable);
-    let total = counts.iter().fold(Counts::default(), |sum, counts| sum + *counts);
-    Ok(ValueReport {
-        clipped: total.clipped,
-        nan: total.nan,
-        written: total.clipped > 0,
-        first_nonfinite: counts.iter().position(|counts| counts.nan + counts.inf > 0),
-    })
+    Ok(value_report(&clamp_all(&bounds, &mut writable)))
 }
 
 /// Stages 1 and 2: what [`clip_grad_norm`] would report and do.
@@ -133,6 +126,17 @@ pub(crate) fn apply(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
 /// Value clipping of a checked list; what each gradient held.
 pub(crate) fn clamp_all(bounds: &ClampBounds, grads: &mut [GradMut<'_>]) -> Vec<Counts> {
     parallel::clamp(bounds, grads)
+}
+
+/// What the counts of all gradients come to.
+pub(crate) fn value_report(counts: &[Counts]) -> ValueReport {
+    let total = counts.iter().fold(Counts::default(), |sum, counts| sum + *counts);
+    ValueReport {
+        clipped: total.clipped,
+        nan: total.nan,
+        written: total.clipped > 0,
+        first_nonfinite: counts.iter().position(|counts| counts.nan + counts.inf > 0),
+    }
 }
 
 /// The list, cut into tiles; refuses overlaps.

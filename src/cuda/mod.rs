@@ -20,7 +20,7 @@ pub use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, RawGrad};
 pub use clipper::Clipper;
 pub use driver::{check_driver, context};
 pub use kernels::compiler;
-pub use reports::{DeviceReport, Pending};
+pub use reports::Pending;
 pub use thread_clippers::{clip_grad_norm, clip_grad_value, release_thread_clippers, total_norm};
 
 pub(crate) use driver::driver_error;

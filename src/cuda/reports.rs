@@ -2,10 +2,10 @@
 
 use super::driver::{driver_error, CurrentContext};
 use super::memory::DeviceBuffer;
-use crate::abi::{action, ReportSlot, NO_TILE};
+use crate::abi::ReportSlot;
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::report::{NormReport, ValueReport};
+use crate::report::{NormReport, Report};
 use crate::REPORTS_KEPT;
 use bytemuck::Zeroable;
 use cudarc::driver::{result, CudaStream};
@@ -89,44 +89,6 @@ impl ReportRing {
     }
 }
 
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for crate::NormReport {}
-    impl Sealed for crate::ValueReport {}
-}
-
-/// A report that can lie on the device: [`NormReport`], [`ValueReport`].
-pub trait DeviceReport: sealed::Sealed + Sized {
-    #[doc(hidden)]
-    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self;
-}
-
-fn first_nonfinite(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Option<usize> {
-    (slot.first_bad_tile != NO_TILE).then(|| tensor_of(slot.first_bad_tile)).flatten()
-}
-
-impl DeviceReport for NormReport {
-    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
-        Self {
-            total_norm: slot.total_norm,
-            clip_coef: slot.clip_coef,
-            written: slot.action != action::KEEP,
-            first_nonfinite: first_nonfinite(slot, tensor_of),
-        }
-    }
-}
-
-impl DeviceReport for ValueReport {
-    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
-        Self {
-            clipped: slot.clipped_elements,
-            nan: slot.nan_elements,
-            written: slot.action != action::KEEP,
-            first_nonfinite: first_nonfinite(slot, tensor_of),
-        }
-    }
-}
-
 /// The result of a call that may still be running. Dropping it costs nothing; the work goes on.
 ///
 /// The last [`REPORTS_KEPT`] reports of a clipper can be read, in any order, from any thread. A report of a call that
@@ -139,7 +101,7 @@ pub struct Pending<R> {
     report: PhantomData<R>,
 }
 
-impl<R: DeviceReport> Pending<R> {
+impl<R: Report> Pending<R> {
     pub(crate) fn new(ring: Arc<ReportRing>, slot: Slot, plan: Arc<Plan>) -> Self {
         Self { ring, slot, plan, report: PhantomData }
     }

@@ -1,0 +1,123 @@
+//! Clipping the gradients of candle variables, in the [`GradStore`] that `backward` returns.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let weight = Var::new(&[3.0f32, 4.0], &Device::Cpu)?;
+//! let loss = (weight.as_tensor().sqr()? * 0.5)?.sum_all()?;
+//!
+//! let mut grads = loss.backward()?;
+//! let clipped = gradclip::candle::clip_grad_norm(&[weight.clone()], &mut grads, 1.0)?;
+//! // optimizer.step(&grads)?;
+//!
+//! assert_eq!(clipped.wait()?.total_norm, 5.0);
+//! assert_eq!(grads.get(&weight).unwrap().to_vec1::<f32>()?, [0.6, 0.8]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What is clipped
+//!
+//! Only the gradients of the given variables are touched: a `GradStore` also holds those of other inputs. A variable
+//! without a gradient is skipped, and a gradient that two variables share is clipped once. f32, f64, f16 and bf16, mixed
+//! as they come; any other dtype that candle has is an error. Indices in reports and errors are those of the variables.
+//!
+//! Gradients are clipped in place, so a tensor that shares their storage sees it. One that is not contiguous is replaced
+//! in the store by a contiguous copy.
+//!
+//! # CUDA tensors (feature `candle-cuda`)
+//!
+//! Everything is enqueued on the stream of the tensors' `CudaDevice`, in the calling thread, and nothing waits: the
+//! report stays on the device until [`Deferred::wait`]. candle's own default is the stream of the calling thread, so call
+//! from the thread that runs `backward` and `step`. A clipper is kept for each thread and stream;
+//! [`cuda::release_thread_clippers`] frees them.
+//!
+//! | per call | launches | copies | waits | allocations |
+//! |---|---|---|---|---|
+//! | CPU tensors | | | | host only |
+//! | CUDA tensors, `total_norm` / `clip_grad_norm` / `clip_grad_value` | 2 / 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | 0 once a list of that size has been seen |
+//! | each gradient that is not contiguous | 1 more, candle's | of that gradient | 0 | 1, candle's |
+//! | [`Deferred::wait`] | 0 | 64 bytes | 1 | 0 |
+//!
+//! [`Deferred::wait`]: crate::Deferred::wait
+#![cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
+#![cfg_attr(not(feature = "cuda"), doc = "[`cuda::release_thread_clippers`]: crate#features")]
+
+mod grads;
+mod on_cpu;
+#[cfg(feature = "candle-cuda")]
+mod on_cuda;
+
+use super::deferred::Deferred;
+use crate::error::{Error, Result};
+use crate::options::{ClipNorm, ClipValue, NormType};
+use crate::report::{NormReport, ValueReport};
+use candle_core::backprop::GradStore;
+use candle_core::Var;
+use grads::{GradList, Home};
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        Self::wrap(error)
+    }
+}
+
+/// Norm over the gradients of `vars`; see [`cpu::total_norm`](crate::cpu::total_norm). A gradient that is not contiguous
+/// is read by way of a contiguous copy.
+///
+/// # Errors
+/// Gradients on more than one device, or of another dtype; gradients that overlap without being the same. Of CUDA
+/// tensors also those of [`cuda::Clipper`].
+///
+#[cfg_attr(feature = "cuda", doc = "[`cuda::Clipper`]: crate::cuda::Clipper")]
+#[cfg_attr(not(feature = "cuda"), doc = "[`cuda::Clipper`]: crate#features")]
+pub fn total_norm(vars: &[Var], grads: &GradStore, norm_type: NormType) -> Result<Deferred<NormReport>> {
+    let list = GradList::gather(vars, grads)?;
+    match list.home() {
+        Home::Cpu => on_cpu::total_norm(list, norm_type),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::total_norm(list, &stream, norm_type),
+    }
+}
+
+/// Scales the gradients of `vars` so that their norm together is at most `max_norm`; see
+/// [`cpu::clip_grad_norm`](crate::cpu::clip_grad_norm).
+///
+/// # Errors
+/// As [`total_norm`]; a threshold that is negative or NaN; a norm that is not finite, if the policy is
+/// [`NonFinite::Error`](crate::NonFinite::Error). No value has changed then.
+pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_norm(list, vars, grads, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_grad_norm(list, &stream, vars, grads, clip),
+    }
+}
+
+/// Limits each element of the gradients of `vars`; see [`cpu::clip_grad_value`](crate::cpu::clip_grad_value).
+///
+/// # Errors
+/// As [`total_norm`]; a value that is negative or NaN, or bounds with `lo > hi`. No value has changed then.
+pub fn clip_grad_value(
+    vars: &[Var],
+    grads: &mut GradStore,
+    clip: impl Into<ClipValue>,
+) -> Result<Deferred<ValueReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_value(list, vars, grads, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_grad_value(list, &stream, vars, grads, clip),
+    }
+}
+
+/// An error of candle's own.
+fn framework(error: candle_core::Error) -> Error {
+    Error::Framework(error.to_string())
+}

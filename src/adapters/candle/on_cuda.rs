@@ -1,0 +1,128 @@
+//! CUDA tensors: their device memory, to this thread's clipper for candle's stream.
+
+use super::grads::{offsets, GradList};
+use crate::adapters::cudarc::{sealed, DeviceGrad, DeviceGradMut, Found, WrongContext};
+use crate::adapters::deferred::Deferred;
+use crate::cuda::{self, Pending};
+use crate::error::Result;
+use crate::options::{ClipNorm, ClipValue, NormType};
+use crate::report::{NormReport, Report, ValueReport};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, Layout, Storage, Tensor, Var};
+use cudarc::driver::CudaStream;
+use half::{bf16, f16};
+use std::cell::RefCell;
+use std::sync::Arc;
+
+pub(super) fn total_norm(
+    list: GradList,
+    stream: &Arc<CudaStream>,
+    norm_type: NormType,
+) -> Result<Deferred<NormReport>> {
+    let grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let pending = cuda::total_norm(stream, &grads, norm_type);
+    deferred(pending, list)
+}
+
+pub(super) fn clip_grad_norm(
+    list: GradList,
+    stream: &Arc<CudaStream>,
+    vars: &[Var],
+    store: &mut GradStore,
+    clip: ClipNorm,
+) -> Result<Deferred<NormReport>> {
+    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let pending = cuda::clip_grad_norm(stream, &mut grads, clip);
+    if pending.is_ok() {
+        list.put_back(vars, store); // whether they were scaled, the device knows; if not, they are what they were
+    }
+    deferred(pending, list)
+}
+
+pub(super) fn clip_grad_value(
+    list: GradList,
+    stream: &Arc<CudaStream>,
+    vars: &[Var],
+    store: &mut GradStore,
+    clip: ClipValue,
+) -> Result<Deferred<ValueReport>> {
+    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let pending = cuda::clip_grad_value(stream, &mut grads, clip);
+    if pending.is_ok() {
+        list.put_back(vars, store);
+    }
+    deferred(pending, list)
+}
+
+fn deferred<R: Report>(pending: Result<Pending<R>>, list: GradList) -> Result<Deferred<R>> {
+    match pending {
+        Ok(pending) => Ok(Deferred::on_device(pending, list.into_variables())),
+        Err(error) => Err(list.name_in(error)),
+    }
+}
+
+/// A contiguous CUDA tensor of a dtype that is supported.
+///
+/// candle's locks order the host: `find` holds the storage's read lock, `find_mut` its write lock, each only while it
+/// looks up the address. They say nothing of work that is already enqueued, candle's own neither. That is ordered by the
+/// stream, which is candle's, and in cudarc's multi-stream mode by the events that cudarc records for each slice: so
+/// after the launches the slices are looked up again, as for plain cudarc. Meanwhile the storage stays alive through the
+/// list's tensor, and what memory is freed later goes back to the pool in the order of the same stream.
+struct CudaGrad<'a>(&'a Tensor);
+
+impl sealed::Sealed for CudaGrad<'_> {}
+
+impl DeviceGrad for CudaGrad<'_> {
+    fn find(&self, stream: &CudaStream) -> Result<Found, WrongContext> {
+        let (storage, layout) = self.0.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else { return Err(WrongContext::new("another device".into())) };
+        let range = offsets(layout);
+        let found = match storage.dtype() {
+            DType::F32 => storage.as_cuda_slice::<f32>().map(|slice| slice.slice(range).find(stream)),
+            DType::F64 => storage.as_cuda_slice::<f64>().map(|slice| slice.slice(range).find(stream)),
+            DType::F16 => storage.as_cuda_slice::<f16>().map(|slice| slice.slice(range).find(stream)),
+            _ => storage.as_cuda_slice::<bf16>().map(|slice| slice.slice(range).find(stream)),
+        };
+        found.unwrap_or_else(|error| Err(WrongContext::new(error.to_string())))
+    }
+}
+
+impl DeviceGradMut for CudaGrad<'_> {
+    fn find_mut(&mut self, stream: &CudaStream) -> Result<Found, WrongContext> {
+        let locate = Locate { stream, found: RefCell::default() };
+        let run = self.0.inplace_op1(&locate);
+        match (locate.found.take(), run) {
+            (Some(found), _) => found,
+            (None, Err(error)) => Err(WrongContext::new(error.to_string())),
+            (None, Ok(())) => Err(WrongContext::new("another device".into())),
+        }
+    }
+}
+
+/// An operation in place, for the only way to a mutable CUDA storage that candle gives.
+struct Locate<'a> {
+    stream: &'a CudaStream,
+    found: RefCell<Option<Result<Found, WrongContext>>>,
+}
+
+impl InplaceOp1 for Locate<'_> {
+    fn name(&self) -> &'static str {
+        "gradclip"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        Ok(())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (stream, range) = (self.stream, offsets(layout));
+        let found = match storage.dtype() {
+            DType::F32 => storage.as_cuda_slice_mut::<f32>()?.slice_mut(range).find_mut(stream),
+            DType::F64 => storage.as_cuda_slice_mut::<f64>()?.slice_mut(range).find_mut(stream),
+            DType::F16 => storage.as_cuda_slice_mut::<f16>()?.slice_mut(range).find_mut(stream),
+            _ => storage.as_cuda_slice_mut::<bf16>()?.slice_mut(range).find_mut(stream),
+        };
+        self.found.replace(Some(found));
+        Ok(())
+    }
+}

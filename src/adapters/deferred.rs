@@ -1,0 +1,75 @@
+//! The report of a call on a framework's tensors, wherever these are.
+
+use super::variables::Variables;
+use crate::error::Result;
+use crate::report::Report;
+
+#[cfg(feature = "cuda")]
+use crate::cuda::Pending;
+
+/// The report of a call on tensors that may be in host memory or on a GPU. Of CPU tensors it is there at once; of CUDA
+/// tensors it stays on the device until [`wait`](Self::wait) is called. Dropping it costs nothing.
+///
+/// ```
+/// # #[cfg(feature = "candle")] {
+/// # use candle_core::{Device, Var};
+/// # fn main() -> candle_core::Result<()> {
+/// # let weight = Var::new(&[3.0f32, 4.0], &Device::Cpu)?;
+/// # let mut grads = (weight.as_tensor().sqr()? * 0.5)?.sum_all()?.backward()?;
+/// let clipped = gradclip::candle::clip_grad_norm(&[weight], &mut grads, 1.0)?; // no wait
+/// assert_eq!(clipped.wait()?.total_norm, 5.0);
+/// # Ok(()) }
+/// # main().unwrap(); }
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "the report says what was found; `let _ =` it where that is of no interest"]
+pub struct Deferred<R> {
+    report: Place<R>,
+    variables: Variables,
+}
+
+#[derive(Clone, Debug)]
+enum Place<R> {
+    Host(R),
+    #[cfg(feature = "cuda")]
+    Device(Pending<R>),
+}
+
+impl<R: Report> Deferred<R> {
+    pub(crate) fn on_host(report: R, variables: Variables) -> Self {
+        Self { report: Place::Host(report), variables }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[allow(dead_code)] // without an adapter that has CUDA tensors
+    pub(crate) fn on_device(report: Pending<R>, variables: Variables) -> Self {
+        Self { report: Place::Device(report), variables }
+    }
+
+    /// The report. Of CUDA tensors it waits for the stream, and copies 64 bytes; see [`cuda::Pending::wait`].
+    ///
+    /// # Errors
+    /// None of CPU tensors; those of [`cuda::Pending::wait`] of CUDA tensors.
+    ///
+    #[cfg_attr(feature = "cuda", doc = "[`cuda::Pending::wait`]: crate::cuda::Pending::wait")]
+    #[cfg_attr(not(feature = "cuda"), doc = "[`cuda::Pending::wait`]: crate#features")]
+    pub fn wait(&self) -> Result<R> {
+        match &self.report {
+            Place::Host(report) => Ok(*report),
+            #[cfg(feature = "cuda")]
+            Place::Device(pending) => pending.wait(),
+        }
+        .map(|report| report.rename_tensors(&|index| self.variables.name(index)))
+    }
+
+    /// Of CUDA tensors, the report on the device: its addresses are for kernels that go on without a wait. Indices in it
+    /// are those of the tensors that took part, not of the variables.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn pending(&self) -> Option<&Pending<R>> {
+        match &self.report {
+            Place::Host(_) => None,
+            Place::Device(pending) => Some(pending),
+        }
+    }
+}
