@@ -58,6 +58,7 @@ struct TensorTable {
 
 struct ClipParams {
   double max_norm;
+  const double* max_norm_at;  // if not null, where the threshold is instead: a captured graph can be given another one
   double eps;
   u32 norm_type;
   u32 nonfinite;

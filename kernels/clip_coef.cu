@@ -10,16 +10,17 @@ namespace gradclip {
 
 // Twin: src/clip_coef.rs, where the formula is explained.
 __device__ __forceinline__ void decide(const ClipParams& params, double total_norm, ReportSlot* report) {
+  const double max_norm = add(params.max_norm_at ? *params.max_norm_at : params.max_norm, 0.0);  // -0 counts as 0
   double clip_coef = 1.0;
   u32 action = kKeep;
-  if (is_finite(total_norm)) {
+  if (!is_finite(max_norm) || max_norm < 0.0) {
+    // only measured; the host refuses NaN and what is negative, but not on the device
+  } else if (is_finite(total_norm)) {
     const double denominator = add(total_norm, params.eps);
-    if (denominator > params.max_norm) {
-      clip_coef = div(params.max_norm, denominator);
+    if (denominator > max_norm) {
+      clip_coef = div(max_norm, denominator);
       action = kScale;
     }
-  } else if (!is_finite(params.max_norm)) {
-    // only measured
   } else if (params.nonfinite == kZero) {
     clip_coef = f64_from_bits(0);
     action = kClear;

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Makes kernels/prebuilt/*.ptx, the PTX that is used where there is no nvcc, and as a fallback where there is one.
+"""Makes kernels/prebuilt/*.ptx, the PTX that is used where there is no nvcc, and as a fallback where there is one; and
+the PTX of the examples, beside their sources.
 
-    scripts/ptx.py            compile every kernels/*.cu and write kernels/prebuilt/
-    scripts/ptx.py --check    compile, compare byte for byte with kernels/prebuilt/, write nothing
+    scripts/ptx.py            compile every kernels/*.cu and examples/*/*.cu, and write the PTX
+    scripts/ptx.py --check    compile, compare byte for byte with what is committed, write nothing
 
 The compiler is a pinned NVRTC (scripts/cuda_packages.py). Even so it is free in the names of registers: it sorts some
 constants by their place in memory, and the same source comes out in two or more texts that differ in nothing else. A
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from cuda_packages import (KERNELS, NUMERICS, NVRTC, PREBUILT, ROOT, VIRTUAL_ARCH, add_venv_option, fail, find, install,
                            version)
+
+EXAMPLES = ROOT / "examples"
 
 # The rarer of the two texts of clip_coef.cu came in 8 to 13 of 30 compilations. At 8 of 30 (and independent, which they
 # are not quite), 64 compilations miss it less than once in 100 million runs.
@@ -103,6 +106,10 @@ def compile_towards(committed, nvrtc, name, contents, headers):
     return ptx
 
 
+def example_sources():
+    return sorted(EXAMPLES.glob("*/*.cu"))
+
+
 def snapshot_text(name, sha256, ptx):
     return "\n".join([
         f"// {name} as PTX, made by scripts/ptx.py. Do not edit: change the kernel and run the script.",
@@ -116,7 +123,7 @@ def snapshot_text(name, sha256, ptx):
 
 
 def make_snapshot(venvs):
-    """File name to text, for every .cu file."""
+    """Path to text, for every .cu file."""
     files = sources()
     headers = {name: text for name, text in files.items() if name.endswith(".cuh")}
     kernels = {name: text for name, text in files.items() if name.endswith(".cu")}
@@ -128,19 +135,29 @@ def make_snapshot(venvs):
     for name, text in kernels.items():
         path = PREBUILT / f"{Path(name).stem}.ptx"
         committed = body(path.read_text(errors="replace")) if path.exists() else ""
-        snapshot[path.name] = snapshot_text(name, sha256, compile_towards(committed, nvrtc, name, text, headers))
+        snapshot[path] = snapshot_text(name, sha256, compile_towards(committed, nvrtc, name, text, headers))
+    for source in example_sources():
+        path, text = source.with_suffix(".ptx"), source.read_bytes().replace(b"\r\n", b"\n")
+        committed = body(path.read_text(errors="replace")) if path.exists() else ""
+        ptx = compile_towards(committed, nvrtc, source.name, text, {})
+        snapshot[path] = snapshot_text(source.name, hashlib.sha256(text).hexdigest(), ptx)
     return snapshot
 
 
+def committed_files():
+    return [*PREBUILT.glob("*.ptx"), *EXAMPLES.glob("*/*.ptx")]
+
+
 def differences(snapshot):
-    committed = {p.name: p.read_bytes() for p in PREBUILT.glob("*.ptx")}
-    for name in sorted(snapshot.keys() | committed.keys()):
-        if name not in committed:
+    committed = {path: path.read_bytes() for path in committed_files()}
+    for path in sorted(snapshot.keys() | committed.keys()):
+        name = path.relative_to(ROOT)
+        if path not in committed:
             yield f"{name} is missing"
-        elif name not in snapshot:
+        elif path not in snapshot:
             yield f"{name} belongs to no .cu file"
-        elif committed[name] != snapshot[name].encode():
-            ours, theirs = snapshot[name].split("\n"), committed[name].decode(errors="replace").split("\n")
+        elif committed[path] != snapshot[path].encode():
+            ours, theirs = snapshot[path].split("\n"), committed[path].decode(errors="replace").split("\n")
             unequal = (i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
             at = next(unequal, min(len(ours), len(theirs)))
             line = lambda text: repr(text[at]) if at < len(text) else "the end of the file"
@@ -156,19 +173,18 @@ def main():
     if args.check:
         found = list(differences(snapshot))
         if found:
-            fail("kernels/prebuilt/ is not what the kernels compile to; run scripts/ptx.py and commit the result.\n  "
+            fail("the committed PTX is not what the sources compile to; run scripts/ptx.py and commit the result.\n  "
                  + "\n  ".join(found))
-        print(f"kernels/prebuilt/: {len(snapshot)} files, byte for byte what NVRTC {version(NVRTC)} makes of "
-              "kernels/")
+        print(f"{len(snapshot)} files of PTX, byte for byte what NVRTC {version(NVRTC)} makes of the sources")
         return
     PREBUILT.mkdir(exist_ok=True)
-    for path in PREBUILT.glob("*.ptx"):
-        if path.name not in snapshot:
+    for path in committed_files():
+        if path not in snapshot:
             path.unlink()
             print(f"removed {path.relative_to(ROOT)}")
-    for name, text in snapshot.items():
-        (PREBUILT / name).write_bytes(text.encode())
-        print(f"wrote {(PREBUILT / name).relative_to(ROOT)}")
+    for path, text in snapshot.items():
+        path.write_bytes(text.encode())
+        print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ pub struct TensorTable {
 pub struct ClipParams {
     /// Threshold.
     pub max_norm: f64,
+    /// If not 0, the device address of the threshold to take instead.
+    pub max_norm_at: u64,
     /// Added to the norm in the quotient.
     pub eps: f64,
     /// A [`NormType`](crate::NormType).

@@ -40,13 +40,13 @@ impl Verdict {
 /// For a finite norm: `clip_coef = max_norm / (total_norm + eps)` where `total_norm + eps > max_norm`. The quotient is
 /// below 1 then, also after rounding. A zero norm never divides unless `eps` makes the divisor positive.
 pub(crate) fn decide(clip: &ClipNorm, total_norm: f64) -> Verdict {
-    if total_norm.is_finite() {
+    if clip.max_norm.is_infinite() {
+        // only measured
+    } else if total_norm.is_finite() {
         let denominator = total_norm + clip.eps;
         if denominator > clip.max_norm {
             return Verdict { clip_coef: clip.max_norm / denominator, action: action::SCALE };
         }
-    } else if clip.max_norm.is_infinite() {
-        // only measured
     } else if clip.nonfinite == NonFinite::Zero {
         return Verdict { clip_coef: 0.0, action: action::CLEAR };
     } else if clip.nonfinite == NonFinite::Propagate {

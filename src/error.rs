@@ -19,6 +19,14 @@ pub enum Error {
         /// What was given.
         got: f64,
     },
+    /// A threshold by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at)) that cannot be read.
+    #[error("the address of max_norm, {address:#x}, {reason}")]
+    ThresholdAddress {
+        /// The address given.
+        address: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// Value bounds that enclose nothing: `lo > hi`, or one is NaN.
     #[error("value bounds need lo <= hi, got lo {lo} and hi {hi}")]
     InvalidBounds {

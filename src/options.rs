@@ -49,6 +49,8 @@ pub enum NonFinite {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ClipNorm {
     pub(crate) max_norm: f64,
+    /// Device address of the threshold, if not 0.
+    pub(crate) max_norm_at: u64,
     pub(crate) norm_type: NormType,
     pub(crate) eps: f64,
     pub(crate) nonfinite: NonFinite,
@@ -62,7 +64,22 @@ impl ClipNorm {
     /// NaN one is an error when it is used.
     #[must_use]
     pub const fn new(max_norm: f64) -> Self {
-        Self { max_norm, norm_type: NormType::L2, eps: 0.0, nonfinite: NonFinite::Skip }
+        // A threshold of -0 is 0: the sign would reach the gradients.
+        Self { max_norm: max_norm + 0.0, max_norm_at: 0, norm_type: NormType::L2, eps: 0.0, nonfinite: NonFinite::Skip }
+    }
+
+    /// [`new`](Self::new) with a `max_norm` that lies on the GPU, an f64 that is read when the work gets there: so a
+    /// captured graph, or a schedule that the device computes, can have another one every time. CUDA only: gradients in
+    /// host memory need it by value, and say so. A negative or NaN one on the device only measures.
+    ///
+    /// # Safety
+    /// `address` is that of an f64 in memory of the clipper's device whenever work made with it runs, replays of a graph
+    /// included, and nothing writes it at that time unless the stream orders it.
+    #[must_use]
+    pub const unsafe fn max_norm_at(address: u64) -> Self {
+        let mut clip = Self::new(f64::INFINITY);
+        clip.max_norm_at = address;
+        clip
     }
 
     /// Order of the norm.
@@ -103,10 +120,25 @@ impl ClipNorm {
         if self.max_norm.is_nan() || self.max_norm < 0.0 {
             return Err(Error::InvalidThreshold { name: "max_norm", expected: "zero or positive", got: self.max_norm });
         }
+        if self.max_norm_at % align_of::<f64>() as u64 != 0 {
+            let reason = "is not a multiple of 8, as that of an f64 is";
+            return Err(Error::ThresholdAddress { address: self.max_norm_at, reason });
+        }
         if !self.eps.is_finite() || self.eps < 0.0 {
             return Err(Error::InvalidThreshold { name: "eps", expected: "finite and not negative", got: self.eps });
         }
         Ok(())
+    }
+}
+
+impl ClipNorm {
+    /// What a call on host memory has to check besides.
+    pub(crate) fn refuse_device_threshold(&self) -> Result<()> {
+        if self.max_norm_at == 0 {
+            return Ok(());
+        }
+        let reason = "can only be read on a GPU, and the gradients are in host memory";
+        Err(Error::ThresholdAddress { address: self.max_norm_at, reason })
     }
 }
 

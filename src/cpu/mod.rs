@@ -106,6 +106,7 @@ pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>
 pub(crate) fn measure(grads: &[Grad<'_>], clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
     let _env = DefaultFpEnv::enter(); // the threads that help do the same
     clip.validate()?;
+    clip.refuse_device_threshold()?;
     let plan = check(grads)?;
     let partials = parallel::norm_partials(clip.norm_type, grads, plan.num_tiles() as usize);
     let total_norm = clip_coef::norm_of(&partials, clip.norm_type);

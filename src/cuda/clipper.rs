@@ -215,6 +215,7 @@ impl Clipper {
 fn clip_params(clip: &ClipNorm) -> ClipParams {
     ClipParams {
         max_norm: clip.max_norm,
+        max_norm_at: clip.max_norm_at,
         eps: clip.eps,
         norm_type: clip.norm_type as u32,
         nonfinite: match clip.nonfinite {

@@ -20,8 +20,10 @@ const HostKernel* find_in(const HostKernel* kernels, const char* symbol) {
 }  // namespace
 
 const HostKernel* find_kernel(const char* symbol) {
-  const HostKernel* kernel = find_in(project_kernels, symbol);
-  return kernel ? kernel : find_in(toy_kernels, symbol);
+  for (const HostKernel* kernels : {project_kernels, example_kernels, toy_kernels}) {
+    if (const HostKernel* kernel = find_in(kernels, symbol)) return kernel;
+  }
+  return nullptr;
 }
 
 }  // namespace host

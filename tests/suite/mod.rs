@@ -5,6 +5,12 @@
 pub mod data;
 pub mod device;
 
+pub mod example_cuda_graph;
 mod golden;
 mod parity;
 mod semantics;
+
+/// The training of the example, to run it here.
+#[path = "../../examples/cuda_graph/train.rs"]
+#[allow(dead_code)]
+mod cuda_graph;

@@ -3,6 +3,7 @@
 use super::data::{bits, tensor, Tensor};
 use super::device::{self, OnDevice};
 use crate::backend::with_clipper;
+use cudarc::driver::DevicePtr;
 use gradclip::cuda::{DeviceGradMut, RawGrad};
 use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormType};
 
@@ -190,6 +191,46 @@ fn norm_and_coefficient_by_device_address() {
             assert_eq!(stream.clone_dtoh(&value).unwrap(), [expected]);
             value.leak();
         }
+    });
+}
+
+/// The threshold where the device finds it: as good as by value, another one at each call, and harmless where the host
+/// would have refused it.
+#[test]
+fn a_threshold_by_device_address() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut threshold = stream.clone_htod(&[0.0f64]).unwrap();
+        let address = threshold.device_ptr(&stream).0;
+        // SAFETY: `threshold` outlives the clipper's work, and is written in the order of the stream only.
+        let on_device = || unsafe { ClipNorm::max_norm_at(address) };
+        for nonfinite in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
+            for values in [[3.0, 4.0], [3.0, f64::NAN], [f64::INFINITY, 1.0]] {
+                for max_norm in [1.0, 0.0, 5.0, 7.0, f64::INFINITY, 1e-310] {
+                    stream.memcpy_htod(&[max_norm], &mut threshold).unwrap();
+                    let (mut a, mut b) = ([tensor(Dtype::F32, &values)], [tensor(Dtype::F32, &values)]);
+                    let by_address = clip(&mut a, on_device().nonfinite(nonfinite), clipper);
+                    let by_value = clip(&mut b, ClipNorm::new(max_norm).nonfinite(nonfinite), clipper);
+                    assert_eq!(format!("{by_address:?}"), format!("{by_value:?}"), "{max_norm}"); // NaN, too
+                    assert_eq!(bits(&a), bits(&b), "{max_norm} {nonfinite:?} {values:?}");
+                }
+            }
+        }
+        for refused_by_value in [-1.0, -0.0, f64::NAN, f64::NEG_INFINITY] {
+            stream.memcpy_htod(&[refused_by_value], &mut threshold).unwrap();
+            let mut list = [tensor(Dtype::F32, &[3.0, 4.0])];
+            let report = clip(&mut list, on_device().norm_type(NormType::L1), clipper);
+            let clears = refused_by_value == 0.0;
+            assert_eq!((report.total_norm, report.written), (7.0, clears), "{refused_by_value}");
+        }
+        // SAFETY: refused before anything is read.
+        let bad = unsafe { ClipNorm::max_norm_at(address + 4) };
+        let mut list = [tensor(Dtype::F32, &[3.0, 4.0])];
+        let error = device::clip_grad_norm(clipper, &mut list, bad).unwrap_err();
+        assert!(matches!(error, Error::ThresholdAddress { .. }), "{error}");
+        let error = gradclip::cpu::clip_grad_norm(&mut [[3.0f32]], on_device()).unwrap_err();
+        assert!(matches!(error, Error::ThresholdAddress { .. }), "{error}");
+        assert_eq!(list[0].values.values(), [3.0, 4.0]);
     });
 }
 

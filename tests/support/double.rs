@@ -98,7 +98,15 @@ fn load(compiler: &Compiler, without: &[&str]) -> Result<Library> {
     let double = compiler.build(&Build {
         file_name: "libcuda.so",
         // The slowest first: they are compiled in parallel.
-        sources: &["libcuda.cpp", "kernels.cpp", "toy_kernels.cpp", "host_kernels.cpp", "block.cpp", "fibers.cpp"],
+        sources: &[
+            "libcuda.cpp",
+            "kernels.cpp",
+            "toy_kernels.cpp",
+            "example_kernels.cpp",
+            "host_kernels.cpp",
+            "block.cpp",
+            "fibers.cpp",
+        ],
         compile_flags: &flags,
         link_flags: &["-shared".into(), soname("libcuda.so"), toolchain::hide_symbols(without)?],
     })?;

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs};
 
 use anyhow::{ensure, Context, Result};
+use bytemuck::{bytes_of, Zeroable};
+use gradclip::abi::{ClampBounds, ClipParams};
 
 use super::toolchain::{self, Build};
 
@@ -117,6 +119,7 @@ impl Runner {
                     "runner.cpp",
                     "kernels.cpp",
                     "toy_kernels.cpp",
+                    "example_kernels.cpp",
                     "host_kernels.cpp",
                     "block.cpp",
                     "fibers.cpp",
@@ -200,18 +203,18 @@ impl Case {
             u32::try_from(self.tensors.len())?,
         ];
         out.extend(header.iter().flat_map(|word| word.to_le_bytes()));
-        let (clip, bounds) = match self.operation {
+        let (mut clip, mut bounds) = (ClipParams::zeroed(), ClampBounds::zeroed());
+        match self.operation {
             Operation::ClipNorm { max_norm, eps, norm_type, nonfinite } => {
-                ((max_norm, eps, norm_type, nonfinite), Default::default())
+                clip = ClipParams { max_norm, max_norm_at: 0, eps, norm_type, nonfinite };
             }
-            Operation::Clamp { f64, f32, f16, bf16 } => (Default::default(), (f64, [f32, f16, bf16])),
-        };
-        let (max_norm, eps, norm_type, nonfinite): (f64, f64, u32, u32) = clip;
-        let (doubles, floats): ([f64; 2], [[f32; 2]; 3]) = bounds;
-        out.extend([max_norm, eps].iter().flat_map(|x| x.to_le_bytes()));
-        out.extend([norm_type, nonfinite].iter().flat_map(|x| x.to_le_bytes()));
-        out.extend(doubles.iter().flat_map(|x| x.to_le_bytes()));
-        out.extend(floats.iter().flatten().flat_map(|x| x.to_le_bytes()));
+            Operation::Clamp { f64, f32, f16, bf16 } => {
+                ([bounds.lo_f64, bounds.hi_f64], [bounds.lo_f32, bounds.hi_f32]) = (f64, f32);
+                ([bounds.lo_f16, bounds.hi_f16], [bounds.lo_bf16, bounds.hi_bf16]) = (f16, bf16);
+            }
+        }
+        out.extend(bytes_of(&clip));
+        out.extend(bytes_of(&bounds));
         for tensor in &self.tensors {
             ensure!(tensor.data.len() % tensor.dtype.size() == 0, "a part of an element");
             let numel = (tensor.data.len() / tensor.dtype.size()) as u64;
