@@ -21,7 +21,7 @@
 //! |---|---|---|
 //! | [`cpu`] | slices, vectors and arrays in host memory | a report |
 //! | [`cuda`] | slices and views of cudarc, raw device pointers | a `Pending` report, which stays on the device until asked for |
-//! | [`candle`] | the `GradStore` of candle, CPU tensors | a report |
+//! | [`candle`] | the `GradStore` of candle, CPU and CUDA tensors | a `Deferred` report: there at once, or on the device until asked for |
 //!
 //! On a GPU, keep a `Clipper` for each stream, or let the functions of the module [`cuda`] keep one:
 //!
@@ -94,7 +94,9 @@
 //!
 //! * `cuda` (default): the module [`cuda`]. Builds without a CUDA toolkit and loads the driver when it is first used.
 //!   To clip on a GPU it takes compute capability 7.5 and a driver for CUDA 12.0 (525), or later.
-//! * `candle`: the module [`candle`], for candle-core 0.11. No GPU tensors yet.
+//! * `candle`: the module [`candle`], for candle-core 0.11, CPU tensors.
+//! * `candle-cuda`: CUDA tensors too. It turns on candle's own feature `cuda`, which takes a CUDA toolkit to build and
+//!   links the driver: such a program does not start where there is none.
 //!
 #![cfg_attr(feature = "cuda", doc = "[`cuda`]: crate::cuda")]
 #![cfg_attr(not(feature = "cuda"), doc = "[`cuda`]: #features")]

@@ -120,7 +120,7 @@ impl ClipNorm {
         if self.max_norm.is_nan() || self.max_norm < 0.0 {
             return Err(Error::InvalidThreshold { name: "max_norm", expected: "zero or positive", got: self.max_norm });
         }
-        if self.max_norm_at % align_of::<f64>() as u64 != 0 {
+        if !self.max_norm_at.is_multiple_of(align_of::<f64>() as u64) {
             let reason = "is not a multiple of 8, as that of an f64 is";
             return Err(Error::ThresholdAddress { address: self.max_norm_at, reason });
         }

@@ -17,6 +17,13 @@ use cudarc::driver::{result, sys, CudaContext, DevicePtr, DriverError};
 use cudarc::nvrtc::Ptx;
 use toys::{axpy, block_sums, copy_packs, toy, PTX};
 
+/// For scripts that link programs against the double.
+#[test]
+fn the_library_is_here() {
+    let Some(compiler) = support::toolchain::compiler() else { return };
+    println!("{}", support::double::build(compiler, &[]).unwrap()[0].display());
+}
+
 #[test]
 fn a_kernel_runs_and_its_result_comes_back() {
     let Some(double) = support::double::lock() else { return };

@@ -2,6 +2,7 @@
 //! `tests/double/driver`, and `tests/double/README.md` says what it notices and what it does not simulate.
 
 use std::ffi::{c_char, c_int, CStr, CString, OsString};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result};
@@ -92,7 +93,8 @@ fn find(without: &[&str]) -> Option<Library> {
     Some(load(compiler, without).expect("the driver double builds and loads"))
 }
 
-fn load(compiler: &Compiler, without: &[&str]) -> Result<Library> {
+/// Where the library is, and the other name that programs ask for. Built if it is not there yet.
+pub fn build(compiler: &Compiler, without: &[&str]) -> Result<[PathBuf; 2]> {
     let flags = ["-O2", "-fPIC", "-fvisibility=hidden"];
     let soname = |name: &str| OsString::from(format!("-Wl,-soname,{name}"));
     let double = compiler.build(&Build {
@@ -118,6 +120,11 @@ fn load(compiler: &Compiler, without: &[&str]) -> Result<Library> {
         compile_flags: &flags,
         link_flags: &["-shared".into(), soname("libcuda.so.1"), "-Wl,--no-as-needed".into(), double.clone().into()],
     })?;
+    Ok([double, alias])
+}
+
+fn load(compiler: &Compiler, without: &[&str]) -> Result<Library> {
+    let [double, alias] = build(compiler, without)?;
     // SAFETY: our own libraries; their initialisers only fill tables.
     let library = unsafe { Library::open(Some(&double), RTLD_NOW | RTLD_GLOBAL) }
         .with_context(|| format!("opening {}", double.display()))?;

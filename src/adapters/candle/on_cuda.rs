@@ -7,6 +7,7 @@ use crate::cuda::{self, Pending};
 use crate::error::Result;
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, Report, ValueReport};
+use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, Layout, Storage, Tensor, Var};
 use cudarc::driver::CudaStream;
