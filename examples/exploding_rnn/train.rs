@@ -119,7 +119,7 @@ pub fn train(setup: &Setup, clipping: Clipping, seed: u64, mut progress: impl Fn
     Ok(run)
 }
 
-/// Plain SGD: `w -= lr * gradient`. (`candle-nn` has it too, among much that would have to be built with it.)
+/// Plain SGD: `w -= lr * gradient`.
 fn sgd_step(vars: &[Var], grads: &GradStore, lr: f64) -> candle_core::Result<()> {
     for var in vars {
         if let Some(grad) = grads.get(var) {
