@@ -16,9 +16,13 @@ __device__ __forceinline__ void decide(const ClipParams& params, double total_no
   if (!is_finite(max_norm) || max_norm < 0.0) {
     // only measured; the host refuses NaN and what is negative, but not on the device
   } else if (is_finite(total_norm)) {
-    const double denominator = add(total_norm, params.eps);
-    if (denominator > max_norm) {
-      clip_coef = div(max_norm, denominator);
+    double denominator = add(total_norm, params.eps), numerator = max_norm;
+    if (!is_finite(denominator)) {
+      denominator = add(mul(total_norm, 0.5), mul(params.eps, 0.5));
+      numerator = mul(max_norm, 0.5);
+    }
+    if (denominator > numerator) {
+      clip_coef = div(numerator, denominator);
       action = kScale;
     }
   } else if (params.nonfinite == kZero) {

@@ -43,9 +43,12 @@ pub(crate) fn decide(clip: &ClipNorm, total_norm: f64) -> Verdict {
     if clip.max_norm.is_infinite() {
         // only measured
     } else if total_norm.is_finite() {
-        let denominator = total_norm + clip.eps;
-        if denominator > clip.max_norm {
-            return Verdict { clip_coef: clip.max_norm / denominator, action: action::SCALE };
+        let (mut numerator, mut denominator) = (clip.max_norm, total_norm + clip.eps);
+        if denominator.is_infinite() {
+            (numerator, denominator) = (0.5 * numerator, 0.5 * total_norm + 0.5 * clip.eps);
+        }
+        if denominator > numerator {
+            return Verdict { clip_coef: numerator / denominator, action: action::SCALE };
         }
     } else if clip.nonfinite == NonFinite::Zero {
         return Verdict { clip_coef: 0.0, action: action::CLEAR };

@@ -27,8 +27,8 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// Value bounds that enclose nothing: `lo > hi`, or one is NaN.
-    #[error("value bounds need lo <= hi, got lo {lo} and hi {hi}")]
+    /// Value bounds that enclose no number: `lo > hi`, both the same infinity, or one is NaN.
+    #[error("value bounds need lo <= hi and a number between them, got lo {lo} and hi {hi}")]
     InvalidBounds {
         /// Lower bound given.
         lo: f64,

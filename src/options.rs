@@ -64,8 +64,10 @@ impl ClipNorm {
     /// NaN one is an error when it is used.
     #[must_use]
     pub const fn new(max_norm: f64) -> Self {
-        // A threshold of -0 is 0: the sign would reach the gradients.
-        Self { max_norm: max_norm + 0.0, max_norm_at: 0, norm_type: NormType::L2, eps: 0.0, nonfinite: NonFinite::Skip }
+        // A threshold of -0 is 0: the sign would reach the gradients. (By its bits, as the caller may have unmasked the
+        // exceptions of arithmetic.)
+        let max_norm = if max_norm.to_bits() == (-0.0f64).to_bits() { 0.0 } else { max_norm };
+        Self { max_norm, max_norm_at: 0, norm_type: NormType::L2, eps: 0.0, nonfinite: NonFinite::Skip }
     }
 
     /// [`new`](Self::new) with a `max_norm` that lies on the GPU, an f64 that is read when the work gets there: so a
@@ -142,6 +144,12 @@ impl ClipNorm {
     }
 }
 
+impl From<f32> for ClipNorm {
+    fn from(max_norm: f32) -> Self {
+        Self::new(max_norm.into())
+    }
+}
+
 impl From<f64> for ClipNorm {
     fn from(max_norm: f64) -> Self {
         Self::new(max_norm)
@@ -168,7 +176,8 @@ impl ClipValue {
         Self { lo: -clip_value, hi: clip_value, symmetric: true }
     }
 
-    /// Bounds `lo` and `hi`; either may be infinite. `lo > hi` or a NaN is an error when it is used.
+    /// Bounds `lo` and `hi`; either may be infinite, on its own side. `lo > hi`, a NaN or a `lo` of infinity is an error
+    /// when it is used.
     #[must_use]
     pub const fn between(lo: f64, hi: f64) -> Self {
         Self { lo, hi, symmetric: false }
@@ -179,10 +188,17 @@ impl ClipValue {
         if self.symmetric && (self.hi.is_nan() || self.hi < 0.0) {
             return Err(Error::InvalidThreshold { name: "clip_value", expected: "zero or positive", got: self.hi });
         }
-        if self.lo.is_nan() || self.hi.is_nan() || self.lo > self.hi {
+        let encloses_no_number = self.lo == f64::INFINITY || self.hi == f64::NEG_INFINITY;
+        if self.lo.is_nan() || self.hi.is_nan() || self.lo > self.hi || encloses_no_number {
             return Err(Error::InvalidBounds { lo: self.lo, hi: self.hi });
         }
         Ok(())
+    }
+}
+
+impl From<f32> for ClipValue {
+    fn from(clip_value: f32) -> Self {
+        Self::new(clip_value.into())
     }
 }
 

@@ -185,3 +185,109 @@ fn policies_and_the_index_of_the_variable() {
     let report = clip_grad_value(&vars, &mut grads, 1.0).unwrap();
     assert_eq!((report.nan, report.first_nonfinite, report.written), (1, Some(1), false));
 }
+
+#[test]
+fn empty_gradients_of_any_shape() {
+    // From a backward pass: candle refuses operations in place on a gradient of this shape.
+    let (empty, full) = (Var::zeros((5, 0), DType::F32, &Device::Cpu).unwrap(), var(&[3.0, 4.0]));
+    let loss = (empty.sum_all().unwrap() + (full.sqr().unwrap() * 0.5).unwrap().sum_all().unwrap()).unwrap();
+    for vars in [[full.clone(), empty.clone()], [empty.clone(), full.clone()]] {
+        let mut grads = loss.backward().unwrap();
+        assert_eq!(clip_grad_norm(&vars, &mut grads, 2.5).unwrap().total_norm, 5.0);
+        assert_eq!(clip_grad_value(&vars, &mut grads, 1.75).unwrap().clipped, 1);
+        assert_eq!(values(&grads, &full), [1.5, 1.75]);
+    }
+    // Views that start where their storage ends, or behind it.
+    let base = Tensor::ones((4, 6), DType::F32, &Device::Cpu).unwrap();
+    let views = [
+        base.narrow(0, 4, 0).unwrap(),
+        base.narrow(1, 6, 0).unwrap(),
+        base.narrow(0, 4, 0).unwrap().narrow(1, 3, 3).unwrap(),
+        base.narrow(0, 4, 0).unwrap().narrow(1, 6, 0).unwrap(),
+        base.t().unwrap().narrow(0, 6, 0).unwrap(),
+    ];
+    for view in views {
+        let vars = [var(&[0.0]), var(&[0.0])];
+        let mut grads = store(&vars, &[view, tensor(&[3.0, 4.0])]);
+        assert_eq!(total_norm(&vars, &grads, NormType::L2).unwrap().total_norm, 5.0);
+        assert_eq!(clip_grad_norm(&vars, &mut grads, 2.5).unwrap().total_norm, 5.0);
+        assert_eq!(clip_grad_value(&vars, &mut grads, 1.75).unwrap().clipped, 1);
+    }
+}
+
+#[test]
+fn a_variable_listed_twice_counts_once() {
+    let weight = var(&[0.0]);
+    let base = Tensor::new(&[[3.0f32, 9.0], [4.0, 9.0]], &Device::Cpu).unwrap();
+    for grad in [tensor(&[3.0, 4.0]), base.narrow(1, 0, 1).unwrap()] {
+        let mut grads = store(std::slice::from_ref(&weight), &[grad]);
+        let report = clip_grad_norm(&[weight.clone(), weight.clone()], &mut grads, 2.5).unwrap();
+        assert_eq!((report.total_norm, values(&grads, &weight)), (5.0, vec![1.5, 2.0]));
+    }
+}
+
+#[test]
+fn every_other_dtype_is_refused() {
+    let vars = [var(&[0.0]), var(&[0.0])];
+    for dtype in [DType::U8, DType::U32, DType::I64, DType::I32, DType::I16, DType::F8E4M3] {
+        let mut grads = store(&vars, &[tensor(&[30.0]), Tensor::zeros(3, dtype, &Device::Cpu).unwrap()]);
+        let refused = Error::UnsupportedDtype { tensor: 1, got: dtype.as_str().into() };
+        assert_eq!(clip_grad_norm(&vars, &mut grads, 1.0).unwrap_err(), refused);
+        assert_eq!(clip_grad_value(&vars, &mut grads, 1.0).unwrap_err(), refused);
+        assert_eq!(values(&grads, &vars[0]), [30.0]);
+    }
+}
+
+/// Whether `work` ends. The limit is there only to have a message instead of a hang.
+fn ends(work: impl FnOnce() + Send + 'static) -> bool {
+    let (done, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        work();
+        done.send(()).unwrap();
+    });
+    wait.recv_timeout(std::time::Duration::from_secs(120)).is_ok()
+}
+
+/// Gradients that are parts of one flat buffer, clipped from two threads: each reads while the other wants to write.
+#[test]
+fn two_threads_on_parts_of_one_storage() {
+    assert!(ends(|| {
+        let flat = Tensor::ones(8 * 2000, DType::F32, &Device::Cpu).unwrap();
+        let parts: Vec<Tensor> = (0..2000).map(|i| flat.narrow(0, 8 * i, 8).unwrap()).collect();
+        std::thread::scope(|scope| {
+            for half in parts.chunks(1000) {
+                scope.spawn(move || {
+                    let vars: Vec<Var> = half.iter().map(|_| var(&[0.0])).collect();
+                    let mut grads = store(&vars, half);
+                    for i in 0..100 {
+                        clip_grad_norm(&vars, &mut grads, if i % 2 == 0 { 0.5 } else { 0.4 }).unwrap();
+                        clip_grad_value(&vars, &mut grads, 0.3).unwrap();
+                    }
+                });
+            }
+        });
+    }));
+}
+
+/// In one rayon pool, one job clips and others read the same gradient: a worker that waits for its own work must not
+/// take up one of those, which would wait for the lock that it holds.
+#[test]
+fn reading_a_gradient_in_the_pool_that_clips_it() {
+    assert!(ends(|| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(8).build().unwrap();
+        let vars = [var(&[0.0])];
+        let grad = Tensor::ones(1 << 20, DType::F32, &Device::Cpu).unwrap();
+        let mut grads = store(&vars, std::slice::from_ref(&grad));
+        let read = || drop(std::hint::black_box(grad.narrow(0, 0, 1).unwrap().to_vec1::<f32>().unwrap()));
+        pool.install(|| {
+            for i in 0..40 {
+                let clip = || {
+                    for j in 1..10 {
+                        clip_grad_norm(&vars, &mut grads, 10.0 / f64::from(i * 10 + j)).unwrap();
+                    }
+                };
+                rayon::join(clip, || rayon::scope(|scope| (0..2000).for_each(|_| scope.spawn(|_| read()))));
+            }
+        });
+    }));
+}

@@ -16,6 +16,8 @@ mod summation;
 
 pub(crate) use clamp::Counts;
 pub use grads::{AsGrad, AsGradMut, Grad, GradMut};
+#[cfg(feature = "candle")]
+pub(crate) use parallel::SERIAL_BYTES;
 
 use crate::abi::ClampBounds;
 use crate::clip_coef::{decide, Verdict};
@@ -43,7 +45,7 @@ use crate::value_bounds;
 /// # Ok::<(), gradclip::Error>(())
 /// ```
 pub fn total_norm<G: AsGrad>(grads: &[G], norm_type: NormType) -> Result<NormReport> {
-    let grads: Vec<Grad<'_>> = grads.iter().map(AsGrad::as_grad).collect();
+    let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
     Ok(measure(&grads, &ClipNorm::measure_only(norm_type))?.0)
 }
 
@@ -68,10 +70,10 @@ pub fn total_norm<G: AsGrad>(grads: &[G], norm_type: NormType) -> Result<NormRep
 /// ```
 pub fn clip_grad_norm<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipNorm>) -> Result<NormReport> {
     let clip = clip.into();
-    let readable: Vec<Grad<'_>> = grads.iter().map(AsGrad::as_grad).collect();
+    let readable = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
     let (report, verdict) = measure(&readable, &clip)?;
     if verdict.written() {
-        let mut writable: Vec<GradMut<'_>> = grads.iter_mut().map(AsGradMut::as_grad_mut).collect();
+        let mut writable = collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?;
         apply(&verdict, &mut writable);
     }
     Ok(report)
@@ -96,19 +98,29 @@ pub fn clip_grad_norm<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipNorm>) 
 pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>) -> Result<ValueReport> {
     let clip = clip.into();
     clip.validate()?;
-    check(&grads.iter().map(AsGrad::as_grad).collect::<Vec<_>>())?;
+    check(&collect(grads.len(), grads.iter().map(AsGrad::as_grad))?)?;
     let bounds = value_bounds::in_each_dtype(&clip);
-    let mut writable: Vec<GradMut<'_>> = grads.iter_mut().map(AsGradMut::as_grad_mut).collect();
+    let mut writable = collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?;
     Ok(value_report(&clamp_all(&bounds, &mut writable)))
+}
+
+/// A list of gradients of no size can be longer than any memory.
+fn collect<G>(count: usize, grads: impl Iterator<Item = G>) -> Result<Vec<G>> {
+    let mut list = Vec::new();
+    let too_long = |_| Error::OutOfMemory { what: "list of gradients", bytes: count.saturating_mul(size_of::<G>()) };
+    list.try_reserve_exact(count).map_err(too_long)?;
+    list.extend(grads);
+    Ok(list)
 }
 
 /// Stages 1 and 2: what [`clip_grad_norm`] would report and do.
 pub(crate) fn measure(grads: &[Grad<'_>], clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
-    let _env = DefaultFpEnv::enter(); // the threads that help do the same
     clip.validate()?;
     clip.refuse_device_threshold()?;
     let plan = check(grads)?;
     let partials = parallel::norm_partials(clip.norm_type, grads, plan.num_tiles() as usize);
+    // Not before: while this thread waits for the others it may run jobs of the caller's.
+    let _env = DefaultFpEnv::enter();
     let total_norm = clip_coef::norm_of(&partials, clip.norm_type);
     let first_nonfinite = clip_coef::first_bad_tile(&partials).and_then(|tile| plan.tensor_of(tile as u64));
     if clip.nonfinite == NonFinite::Error && !total_norm.is_finite() {

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 /// Tiles of a task: 512 KiB are some 20 us of one core, hundreds of times what handing over a task costs.
 const TILES_PER_TASK: usize = 16;
 /// Below this many bytes in all, one thread is faster than waking others.
-const SERIAL_BYTES: usize = 8 * TILE_BYTES;
+pub(crate) const SERIAL_BYTES: usize = 8 * TILE_BYTES;
 
 /// `partials[tile]` for every tile of the list.
 pub(crate) fn norm_partials(norm_type: NormType, grads: &[Grad<'_>], num_tiles: usize) -> Vec<Partial> {
@@ -32,7 +32,7 @@ pub(crate) fn norm_partials(norm_type: NormType, grads: &[Grad<'_>], num_tiles: 
         let _env = DefaultFpEnv::enter();
         with_slice!(Grad, grad, slice => tile_partials(isa, norm_type, slice, partials));
     };
-    if num_tiles * TILE_BYTES <= SERIAL_BYTES {
+    if num_tiles <= SERIAL_BYTES / TILE_BYTES {
         tasks.into_iter().for_each(run);
     } else {
         tasks.into_par_iter().for_each(run);

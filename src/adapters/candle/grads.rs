@@ -17,6 +17,8 @@ pub(super) enum Home {
 /// The gradients there are.
 pub(super) struct GradList {
     tensors: Vec<Tensor>,
+    /// Of each tensor, the address of its storage.
+    storages: Vec<usize>,
     variables: Variables,
     /// Variables, each with the index of the tensor that is a copy of what the store has for it.
     copied: Vec<(usize, usize)>,
@@ -26,6 +28,7 @@ impl GradList {
     pub(super) fn gather(vars: &[Var], store: &GradStore) -> Result<Self> {
         let mut list = Self {
             tensors: Vec::with_capacity(vars.len()),
+            storages: Vec::with_capacity(vars.len()),
             variables: Variables::with_capacity(vars.len()),
             copied: Vec::new(),
         };
@@ -33,12 +36,17 @@ impl GradList {
         for (var, tensor) in vars.iter().enumerate() {
             let Some(grad) = store.get(tensor) else { continue };
             check(var, grad, list.tensors.first())?;
+            if grad.elem_count() == 0 {
+                continue; // candle refuses an operation in place on some empty shapes
+            }
             let index = *seen.entry(place(grad)).or_insert(list.tensors.len());
             if !grad.is_contiguous() {
                 list.copied.push((var, index));
             }
             if index == list.tensors.len() {
-                list.tensors.push(grad.contiguous().map_err(framework)?); // itself, if it is
+                let grad = grad.contiguous().map_err(framework)?; // itself, if it is
+                list.storages.push(storage_address(&grad));
+                list.tensors.push(grad);
                 list.variables.push(var);
             }
         }
@@ -56,6 +64,10 @@ impl GradList {
 
     pub(super) fn tensors(&self) -> &[Tensor] {
         &self.tensors
+    }
+
+    pub(super) fn storages(&self) -> &[usize] {
+        &self.storages
     }
 
     pub(super) fn name_in(&self, error: Error) -> Error {
@@ -118,10 +130,15 @@ fn name(device: &candle_core::Device) -> String {
 
 /// The same for two gradients exactly if they are the same elements of the same memory.
 fn place(grad: &Tensor) -> (usize, usize, Vec<usize>, Vec<usize>) {
-    let (storage, layout) = grad.storage_and_layout();
+    let layout = grad.layout();
     let strides = if layout.is_contiguous() { Vec::new() } else { layout.stride().to_vec() };
     let dims = if layout.is_contiguous() { vec![grad.elem_count()] } else { layout.dims().to_vec() };
-    (std::ptr::from_ref::<Storage>(&storage) as usize, layout.start_offset(), dims, strides)
+    (storage_address(grad), layout.start_offset(), dims, strides)
+}
+
+/// The same for two tensors exactly if they share their storage.
+fn storage_address(tensor: &Tensor) -> usize {
+    std::ptr::from_ref::<Storage>(&tensor.storage_and_layout().0) as usize
 }
 
 /// The elements of a contiguous layout.

@@ -23,8 +23,13 @@
 //! without a gradient is skipped, and a gradient that two variables share is clipped once. f32, f64, f16 and bf16, mixed
 //! as they come; any other dtype that candle has is an error. Indices in reports and errors are those of the variables.
 //!
-//! Gradients are clipped in place, so a tensor that shares their storage sees it. One that is not contiguous is replaced
-//! in the store by a contiguous copy.
+//! Gradients are clipped in place, as the optimizer will read them: whatever shares their storage sees it, be it a clone
+//! of the gradient that was taken before (`copy()` makes one that does not), the tensor behind a view, or, if that was
+//! inserted as the gradient, the variable. What `backward` makes shares nothing. A gradient that is not contiguous is
+//! replaced in the store by a contiguous copy, which shares nothing either; such a view is not compared with others for
+//! overlap.
+//!
+//! Two variables that share one gradient count once in the norm; PyTorch, which has a gradient for each, counts two.
 //!
 //! # CUDA tensors (feature `candle-cuda`)
 //!
@@ -45,6 +50,7 @@
 #![cfg_attr(not(feature = "cuda"), doc = "[`cuda::release_thread_clippers`]: crate#features")]
 
 mod grads;
+mod locks;
 mod on_cpu;
 #[cfg(feature = "candle-cuda")]
 mod on_cuda;

@@ -2,6 +2,7 @@
 
 use super::framework;
 use super::grads::{offsets, GradList};
+use super::locks::{in_own_pool, ReadLocks};
 use crate::abi::ClampBounds;
 use crate::adapters::deferred::Deferred;
 use crate::clip_coef::Verdict;
@@ -10,8 +11,9 @@ use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
 use crate::value_bounds;
+use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, StorageRef, Var};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Var};
 use std::cell::RefCell;
 
 pub(super) fn total_norm(list: GradList, norm_type: NormType) -> Result<Deferred<NormReport>> {
@@ -54,18 +56,20 @@ fn measure(list: &GradList, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
 }
 
 /// Runs `work` over the gradients as slices, and names variables in its errors. Holds their read locks meanwhile.
-fn with_slices<R>(list: &GradList, work: impl FnOnce(&[Grad<'_>]) -> Result<R>) -> Result<R> {
-    let guards: Vec<(StorageRef<'_>, &Layout)> =
-        list.tensors().iter().map(|tensor| tensor.storage_and_layout()).collect();
-    let slices: Result<Vec<Grad<'_>>> = guards
-        .iter()
-        .enumerate()
-        .map(|(index, (storage, layout))| match &**storage {
-            Storage::Cpu(storage) => slice_of(storage, layout, index),
+fn with_slices<R: Send>(list: &GradList, work: impl FnOnce(&[Grad<'_>]) -> Result<R> + Send) -> Result<R> {
+    let locks = ReadLocks::of(list);
+    let tensors = list.tensors().iter().zip(list.storages()).enumerate();
+    let slices: Result<Vec<Grad<'_>>> = tensors
+        .map(|(index, (tensor, &storage))| match locks.get(storage) {
+            Some(Storage::Cpu(storage)) => slice_of(storage, tensor.layout(), index),
             _ => Err(Error::WrongDevice { tensor: index, expected: "the CPU".into(), got: "a GPU".into() }),
         })
         .collect();
-    slices.and_then(|slices| work(&slices)).map_err(|error| list.name_in(error))
+    slices.and_then(|slices| in_own_pool(bytes_of(list), || work(&slices))).map_err(|error| list.name_in(error))
+}
+
+fn bytes_of(list: &GradList) -> usize {
+    list.tensors().iter().map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
 }
 
 /// Applies `op` to each gradient, under its write lock.
@@ -74,7 +78,7 @@ fn update(list: &GradList, op: &impl InplaceOp1) -> Result<()> {
 }
 
 fn unsupported(index: usize, storage: &CpuStorage) -> Error {
-    let dtype = candle_core::backend::BackendStorage::dtype(storage);
+    let dtype = storage.dtype();
     Error::UnsupportedDtype { tensor: index, got: dtype.as_str().to_owned() }
 }
 
@@ -108,7 +112,9 @@ impl InplaceOp1 for Scale {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        cpu::apply(&self.0, &mut [slice_of_mut(storage, layout)?]);
+        let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
+        let mut grads = [slice_of_mut(storage, layout)?];
+        in_own_pool(bytes, || cpu::apply(&self.0, &mut grads));
         Ok(())
     }
 }
@@ -125,7 +131,10 @@ impl InplaceOp1 for Clamp {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let counts = cpu::clamp_all(&self.bounds, &mut [slice_of_mut(storage, layout)?]);
+        let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
+        let mut grads = [slice_of_mut(storage, layout)?];
+        let bounds = &self.bounds;
+        let counts = in_own_pool(bytes, || cpu::clamp_all(bounds, &mut grads));
         self.counts.borrow_mut().extend(counts);
         Ok(())
     }

@@ -1,0 +1,454 @@
+//! Hostile input on the CPU path: odd thresholds in every combination, gradients that lie or panic, callers with odd
+//! floating-point environments and thread pools. Errors where there should be, and nothing worse.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use gradclip::cpu::{self, AsGrad, AsGradMut, Grad, GradMut};
+use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormType};
+use half::{bf16, f16};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+const NORMS: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
+const POLICIES: [NonFinite; 4] = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate, NonFinite::Error];
+
+#[test]
+fn thresholds_all_combinations_never_panic_and_bad_ones_touch_nothing() {
+    let odd = [
+        f64::NAN,
+        -f64::NAN,
+        -0.0,
+        0.0,
+        -1.0,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::MIN_POSITIVE,
+        5e-324,
+        -5e-324,
+        f64::MAX,
+        -f64::MAX,
+        1.0,
+        1e-300,
+        1e300,
+    ];
+    let lists: Vec<Vec<f64>> = vec![
+        vec![],
+        vec![0.0],
+        vec![-0.0],
+        vec![5e-324, -5e-324],
+        vec![f64::MAX, f64::MAX],
+        vec![3.0, 4.0],
+        vec![f64::NAN],
+        vec![-f64::NAN],
+        vec![f64::INFINITY, 1.0],
+        vec![1e200, 1e-200, 1.0],
+        vec![f64::MIN_POSITIVE; 9],
+        vec![f64::MAX; 5000],
+    ];
+    for list in &lists {
+        let f32s: Vec<f32> = list.iter().map(|x| *x as f32).collect();
+        let f16s: Vec<f16> = list.iter().map(|x| f16::from_f64(*x)).collect();
+        let bf16s: Vec<bf16> = list.iter().map(|x| bf16::from_f64(*x)).collect();
+        for max_norm in odd {
+            for eps in odd {
+                for norm in NORMS {
+                    for policy in POLICIES {
+                        let clip = ClipNorm::new(max_norm).eps(eps).norm_type(norm).nonfinite(policy);
+                        let (mut a, mut b, mut c, mut d) = (list.clone(), f32s.clone(), f16s.clone(), bf16s.clone());
+                        let result = {
+                            let mut grads: [&mut dyn AsGradMut; 4] = [&mut a, &mut b, &mut c, &mut d];
+                            cpu::clip_grad_norm(&mut grads, clip)
+                        };
+                        let untouched = a.iter().map(|x| x.to_bits()).eq(list.iter().map(|x| x.to_bits()))
+                            && b.iter().map(|x| x.to_bits()).eq(f32s.iter().map(|x| x.to_bits()))
+                            && c.iter().map(|x| x.to_bits()).eq(f16s.iter().map(|x| x.to_bits()))
+                            && d.iter().map(|x| x.to_bits()).eq(bf16s.iter().map(|x| x.to_bits()));
+                        let bad = max_norm.is_nan() || max_norm < 0.0 || !eps.is_finite() || eps < 0.0;
+                        if bad {
+                            assert!(matches!(result, Err(Error::InvalidThreshold { .. })), "{clip:?} {result:?}");
+                        }
+                        match &result {
+                            Err(_) => assert!(untouched, "{clip:?}"),
+                            Ok(report) if !report.written => assert!(untouched && report.clip_coef == 1.0, "{clip:?}"),
+                            Ok(report) => {
+                                if report.total_norm.is_finite() {
+                                    assert!((0.0..1.0).contains(&report.clip_coef), "{clip:?} {report:?}");
+                                    assert!(a.iter().all(|x| x.is_finite()), "{clip:?}");
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bounds_all_combinations() {
+    let odd = [
+        f64::NAN,
+        -0.0,
+        0.0,
+        -1.0,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::MIN_POSITIVE,
+        5e-324,
+        -5e-324,
+        f64::MAX,
+        -f64::MAX,
+        1.0,
+        1e-10,
+        1e10,
+        65504.0,
+        65519.9,
+        65520.0,
+        3.4e38,
+    ];
+    for lo in odd {
+        for hi in odd {
+            let values = [
+                0.0,
+                -0.0,
+                1.0,
+                -1.0,
+                70000.0,
+                1e-9,
+                -1e-9,
+                f64::INFINITY,
+                f64::NEG_INFINITY,
+                f64::NAN,
+                5e-324,
+                f64::MAX,
+            ];
+            let mut a = values.to_vec();
+            let mut b: Vec<f32> = values.iter().map(|x| *x as f32).collect();
+            let mut c: Vec<f16> = values.iter().map(|x| f16::from_f64(*x)).collect();
+            let mut d: Vec<bf16> = values.iter().map(|x| bf16::from_f64(*x)).collect();
+            let before = (a.clone(), b.clone(), c.clone(), d.clone());
+            let result = {
+                let mut grads: [&mut dyn AsGradMut; 4] = [&mut a, &mut b, &mut c, &mut d];
+                cpu::clip_grad_value(&mut grads, ClipValue::between(lo, hi))
+            };
+            if lo.is_nan() || hi.is_nan() || lo > hi || lo == f64::INFINITY || hi == f64::NEG_INFINITY {
+                assert!(matches!(result, Err(Error::InvalidBounds { .. })));
+                assert!(a.iter().map(|x| x.to_bits()).eq(before.0.iter().map(|x| x.to_bits())));
+            } else {
+                let report = result.unwrap();
+                assert_eq!((report.nan, report.first_nonfinite), (4, Some(0)), "{lo} {hi}");
+                for (x, was) in a.iter().zip(&before.0) {
+                    if was.is_nan() {
+                        assert_eq!(x.to_bits(), was.to_bits());
+                    } else {
+                        assert!(*x >= lo && *x <= hi, "{lo} {hi}: {was} -> {x}");
+                    }
+                }
+                // A finite bound stays finite.
+                if hi.is_finite() && lo.is_finite() {
+                    assert!(b.iter().all(|x| x.is_nan() || x.is_finite()));
+                    assert!(c.iter().all(|x| x.is_nan() || x.is_finite()), "{lo} {hi} {c:?}");
+                    assert!(d.iter().all(|x| x.is_nan() || x.is_finite()));
+                }
+            }
+        }
+    }
+}
+
+/// Bounds that are both the same infinity would make finite gradients infinite.
+#[test]
+fn bounds_that_make_everything_infinite_are_refused() {
+    let mut grads = [[1.0f32, -2.0]];
+    let result = cpu::clip_grad_value(&mut grads, ClipValue::between(f64::INFINITY, f64::INFINITY));
+    assert!(result.is_err(), "{result:?} {grads:?}");
+}
+
+/// A list of zero-sized gradients can be longer than memory.
+#[test]
+fn a_list_longer_than_memory_is_an_error() {
+    let mut grads = vec![[0f32; 0]; usize::MAX];
+    assert!(matches!(cpu::clip_grad_norm(&mut grads, 1.0), Err(Error::OutOfMemory { .. })));
+    assert!(matches!(cpu::clip_grad_value(&mut grads, 1.0), Err(Error::OutOfMemory { .. })));
+    assert!(matches!(cpu::total_norm(&grads, NormType::L2), Err(Error::OutOfMemory { .. })));
+}
+
+#[test]
+fn many_tensors() {
+    let mut grads: Vec<Vec<f32>> = (0..200_000).map(|i| if i % 3 == 0 { vec![] } else { vec![1.0] }).collect();
+    let n = grads.iter().filter(|g| !g.is_empty()).count() as f64;
+    let report = cpu::clip_grad_norm(&mut grads, 1.0).unwrap();
+    assert!((report.total_norm - n.sqrt()).abs() < 1e-9);
+    grads[199_999] = vec![f32::NAN];
+    assert_eq!(cpu::clip_grad_norm(&mut grads, 1.0).unwrap().first_nonfinite, Some(199_999));
+    assert_eq!(cpu::clip_grad_value(&mut grads, 1.0).unwrap().first_nonfinite, Some(199_999));
+    let all: Vec<Vec<bf16>> = vec![vec![]; 200_000];
+    assert_eq!(cpu::total_norm(&all, NormType::L2).unwrap().total_norm, 0.0);
+}
+
+#[test]
+fn overlaps_by_one_byte_adjacent_and_empty_inside() {
+    let base = [0u64; 8];
+    let bytes: &[u8] = bytemuck::cast_slice(&base);
+    let f = |a: usize, n: usize| -> &[f32] { bytemuck::cast_slice(&bytes[a..a + 4 * n]) };
+    let h = |a: usize, n: usize| -> &[f16] { bytemuck::cast_slice(&bytes[a..a + 2 * n]) };
+    // adjacent
+    cpu::total_norm(&[Grad::from(f(0, 2)), Grad::from(h(8, 3)), Grad::from(f(16, 1))], NormType::L2).unwrap();
+    // the last two bytes of one
+    let error = cpu::total_norm(&[Grad::from(f(4, 2)), Grad::from(h(10, 1))], NormType::L2).unwrap_err();
+    assert_eq!(error, Error::Overlap { first: 0, second: 1 });
+    // empties inside
+    cpu::total_norm(
+        &[Grad::from(h(2, 0)), Grad::from(f(0, 8)), Grad::from(f(4, 0)), Grad::from(h(30, 0))],
+        NormType::L2,
+    )
+    .unwrap();
+    let error =
+        cpu::total_norm(&[Grad::from(f(0, 1)), Grad::from(f(0, 8)), Grad::from(f(4, 1))], NormType::L2).unwrap_err();
+    assert!(matches!(error, Error::Overlap { .. }));
+}
+
+/// Another slice at each call, of another type, longer or shorter.
+struct Liar {
+    a: Vec<f32>,
+    b: Vec<f64>,
+    calls: std::cell::Cell<usize>,
+}
+impl AsGrad for Liar {
+    fn as_grad(&self) -> Grad<'_> {
+        self.calls.set(self.calls.get() + 1);
+        if self.calls.get() % 2 == 1 {
+            Grad::F32(&self.a)
+        } else {
+            Grad::F64(&self.b)
+        }
+    }
+}
+impl AsGradMut for Liar {
+    fn as_grad_mut(&mut self) -> GradMut<'_> {
+        GradMut::F64(&mut self.b)
+    }
+}
+
+#[test]
+fn liars_get_nonsense_but_nothing_worse() {
+    for (a, b) in [(3, 1_000_000), (1_000_000, 3), (0, 100_000), (100_000, 0)] {
+        let make = || Liar { a: vec![3.0; a], b: vec![f64::NAN; b], calls: Default::default() };
+        for _ in 0..3 {
+            let mut grads = [make(), make()];
+            let _ = cpu::clip_grad_norm(&mut grads, 1.0);
+            let _ = cpu::clip_grad_value(&mut grads, 1.0);
+            let _ = cpu::total_norm(&grads, NormType::L1);
+        }
+    }
+}
+
+/// Panics when it is asked for, if told so.
+struct Panics(Vec<f32>, bool);
+impl AsGrad for Panics {
+    fn as_grad(&self) -> Grad<'_> {
+        assert!(!self.1);
+        Grad::F32(&self.0)
+    }
+}
+/// The same, only for writing.
+struct PanicsMut(Vec<f32>, bool);
+impl AsGrad for PanicsMut {
+    fn as_grad(&self) -> Grad<'_> {
+        Grad::F32(&self.0)
+    }
+}
+impl AsGradMut for PanicsMut {
+    fn as_grad_mut(&mut self) -> GradMut<'_> {
+        assert!(!self.1);
+        GradMut::F32(&mut self.0)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn mxcsr() -> u32 {
+    let mut x = 0u32;
+    // SAFETY: writes four bytes to the pointer, that of a live u32.
+    unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &mut x, options(nostack, preserves_flags)) };
+    x & !0x3f
+}
+#[cfg(target_arch = "x86_64")]
+fn set_mxcsr(x: u32) {
+    // SAFETY: reads four bytes from the pointer, that of a live u32, and no reserved bit is set in them.
+    unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &x, options(nostack, preserves_flags)) };
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_panicking_gradient_leaves_the_list_and_the_environment() {
+    let before = mxcsr();
+    for setting in [0x9fc0u32, 0x3f80, 0x5f80, 0x7f80] {
+        set_mxcsr(setting);
+        let mut grads = [PanicsMut(vec![30.0; 100], false), PanicsMut(vec![40.0], true)];
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| {}));
+        let r = catch_unwind(AssertUnwindSafe(|| cpu::clip_grad_norm(&mut grads, 1.0).is_ok()));
+        let r2 = catch_unwind(AssertUnwindSafe(|| cpu::clip_grad_value(&mut grads, 1.0).is_ok()));
+        let r3 = catch_unwind(AssertUnwindSafe(|| {
+            cpu::total_norm(&[Panics(vec![], false), Panics(vec![], true)], NormType::L2).is_ok()
+        }));
+        let now = mxcsr();
+        let _ = cpu::clip_grad_norm(&mut [[1.0f32]], -1.0);
+        let _ = cpu::clip_grad_norm(&mut [[f32::NAN]], ClipNorm::new(1.0).nonfinite(NonFinite::Error));
+        let _ = cpu::clip_grad_value(&mut [[1.0f32]], f64::NAN);
+        let now2 = mxcsr();
+        set_mxcsr(before);
+        std::panic::set_hook(hook);
+        assert!(r.is_err() && r2.is_err() && r3.is_err());
+        assert_eq!((now, now2), (setting, setting));
+        assert!(grads[0].0.iter().all(|x| *x == 30.0));
+    }
+}
+
+/// Other work that a rayon worker takes up while it waits for ours keeps the environment of its thread.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn jobs_taken_up_while_waiting_keep_their_environment() {
+    const SETTING: u32 = 0x9fc0; // FTZ, DAZ
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(8).start_handler(|_| set_mxcsr(SETTING)).build().unwrap();
+    let (wrong, total) = (std::sync::atomic::AtomicUsize::new(0), std::sync::atomic::AtomicUsize::new(0));
+    let clipping = std::sync::atomic::AtomicUsize::new(usize::MAX);
+    let grads: Vec<Vec<f32>> = (0..8).map(|_| vec![1e-3; 1 << 20]).collect();
+    pool.install(|| {
+        for _ in 0..10 {
+            rayon::join(
+                || {
+                    for _ in 0..20 {
+                        clipping.store(rayon::current_thread_index().unwrap(), std::sync::atomic::Ordering::SeqCst);
+                        cpu::total_norm(&grads, NormType::L2).unwrap();
+                        clipping.store(usize::MAX, std::sync::atomic::Ordering::SeqCst);
+                    }
+                },
+                || {
+                    rayon::scope(|s| {
+                        for _ in 0..3000 {
+                            s.spawn(|_| {
+                                if clipping.load(std::sync::atomic::Ordering::SeqCst)
+                                    == rayon::current_thread_index().unwrap()
+                                {
+                                    total.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                                }
+                                if mxcsr() != SETTING {
+                                    wrong.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                                }
+                                std::hint::black_box((0..100_000u64).map(std::hint::black_box).sum::<u64>());
+                            });
+                        }
+                    })
+                },
+            );
+        }
+    });
+    println!("{} jobs ran inside of ours", total.into_inner()); // may be none
+    assert_eq!(wrong.into_inner(), 0, "jobs of the caller that ran in our environment");
+}
+
+#[test]
+fn pools_of_one_thread_nested_and_many_threads() {
+    let list = || vec![vec![1.0f32; 300_000], vec![2.0; 70_000]];
+    let expected = cpu::total_norm(&list(), NormType::L2).unwrap().total_norm;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let got = pool.install(|| cpu::clip_grad_norm(&mut list(), 1.0).unwrap().total_norm);
+    assert_eq!(got, expected);
+    let other = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+    let got =
+        other.install(|| pool.install(|| other.install(|| cpu::clip_grad_norm(&mut list(), 1.0).unwrap().total_norm)));
+    assert_eq!(got, expected);
+    std::thread::scope(|s| {
+        for _ in 0..32 {
+            s.spawn(|| {
+                for _ in 0..10 {
+                    assert_eq!(cpu::clip_grad_norm(&mut list(), 1.0).unwrap().total_norm, expected);
+                }
+            });
+        }
+    });
+    use rayon::prelude::*;
+    let all: Vec<f64> =
+        (0..64).into_par_iter().map(|_| cpu::clip_grad_norm(&mut list(), 1.0).unwrap().total_norm).collect();
+    assert!(all.iter().all(|n| *n == expected));
+}
+
+#[test]
+fn values_at_the_edges() {
+    let n = |g: &[f64]| cpu::total_norm(&[g], NormType::L2).unwrap().total_norm;
+    // norm overflows f64, all finite
+    let report = cpu::clip_grad_norm(&mut [[f64::MAX, f64::MAX]], 1.0).unwrap();
+    assert_eq!((report.total_norm, report.first_nonfinite, report.written), (f64::INFINITY, None, false));
+    assert_eq!(n(&[f64::MAX]), f64::MAX);
+    assert_eq!(n(&[5e-324]), 5e-324);
+    assert_eq!(n(&[5e-324, -5e-324]), 5e-324);
+    assert_eq!(n(&[3e-324; 0]), 0.0);
+    // mixtures: a tiny f64 with f16, in separate tensors
+    let (mut a, mut b, mut c) = (vec![1e-200; 10], vec![f16::from_f32(6e-8); 3], vec![1e250f64]);
+    let mut grads: [&mut dyn AsGradMut; 3] = [&mut a, &mut b, &mut c];
+    let report = cpu::clip_grad_norm(&mut grads, 1.0).unwrap();
+    assert_eq!(report.total_norm, 1e250);
+    assert_eq!(c[0], 1.0);
+    let (mut a, mut b) = (vec![1e-200; 10], vec![f16::from_bits(1); 1]);
+    let mut grads: [&mut dyn AsGradMut; 2] = [&mut a, &mut b];
+    assert_eq!(cpu::clip_grad_norm(&mut grads, 1e-9).unwrap().total_norm, 2f64.powi(-24));
+    // all subnormal f32
+    let report = cpu::clip_grad_norm(&mut [[f32::from_bits(1); 4]], f64::from(f32::from_bits(1))).unwrap();
+    assert_eq!(report.total_norm, 2.0 * f64::from(f32::from_bits(1)));
+    let r = cpu::total_norm(&[[f32::MAX; 100]], NormType::L2).unwrap().total_norm;
+    assert!((r / (f64::from(f32::MAX) * 10.0) - 1.0).abs() < 1e-15);
+    // NaN payloads
+    for bits in [0x7f80_0001u32, 0xff80_0001, 0x7fc1_2345, 0xffff_ffff] {
+        let mut grads = [[1.0f32, f32::from_bits(bits)]];
+        let report = cpu::clip_grad_norm(&mut grads, 1.0).unwrap();
+        assert_eq!(
+            (report.total_norm.to_bits(), report.written, grads[0][1].to_bits()),
+            (f64::NAN.to_bits(), false, bits)
+        );
+        let report = cpu::clip_grad_value(&mut grads, 0.5).unwrap();
+        assert_eq!((report.nan, grads[0][1].to_bits(), grads[0][0]), (1, bits, 0.5));
+    }
+    // equal, one ulp above, below
+    for (max, written) in
+        [(5.0, false), (f64::from_bits(5f64.to_bits() - 1), true), (f64::from_bits(5f64.to_bits() + 1), false)]
+    {
+        let mut g = [[3.0f64, 4.0]];
+        let report = cpu::clip_grad_norm(&mut g, max).unwrap();
+        assert_eq!((report.written, report.clip_coef < 1.0), (written, written));
+    }
+}
+
+#[test]
+fn norm_plus_eps_beyond_f64() {
+    let mut g = [[1e308f64]];
+    let report = cpu::clip_grad_norm(&mut g, ClipNorm::new(1e308).eps(1e308)).unwrap();
+    assert!((g[0][0] / 0.5e308 - 1.0).abs() < 1e-12, "{report:?} {g:?}");
+}
+
+/// All exceptions unmasked by the caller: a trap would end the process.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn unmasked_exceptions_do_not_trap() {
+    let before = mxcsr();
+    let big = vec![1.0e-3f32; 1 << 20];
+    let (mut a, mut b, mut c, mut d) = (
+        vec![1e300, 1e-320, 0.1],
+        vec![f32::MAX, 1e-45, 0.3],
+        vec![f16::from_bits(1), f16::MAX],
+        vec![bf16::MAX, bf16::from_bits(1)],
+    );
+    let mut e = big.clone();
+    set_mxcsr(0);
+    for max in [0.1, 1e-310, -1e-310, 0.0, f64::NAN] {
+        for norm in NORMS {
+            let mut grads: [&mut dyn AsGradMut; 5] = [&mut a, &mut b, &mut c, &mut d, &mut e];
+            let _ = cpu::clip_grad_norm(
+                &mut grads,
+                ClipNorm::new(max).eps(1e-6).norm_type(norm).nonfinite(NonFinite::Propagate),
+            );
+            let _ = cpu::clip_grad_value(&mut grads, ClipValue::between(-max, max));
+            let _ = cpu::clip_grad_value(&mut grads, max);
+        }
+    }
+    let now = mxcsr();
+    set_mxcsr(before);
+    assert_eq!(now, 0);
+}
