@@ -29,8 +29,8 @@
 #![cfg_attr(not(feature = "cuda"), doc = "```ignore")]
 //! use gradclip::cuda::{self, Clipper};
 //! let stream = cuda::context(0)?.default_stream();
-//! let mut weight = stream.clone_htod(&[3.0f32, 0.0]).unwrap();
-//! let mut bias = stream.clone_htod(&[4.0f32]).unwrap();
+//! let mut weight = stream.clone_htod(&[3.0f32, 0.0])?;
+//! let mut bias = stream.clone_htod(&[4.0f32])?;
 //! let mut clipper = Clipper::new(&stream)?;
 //! let clipped = clipper.clip_grad_norm(&mut [&mut weight, &mut bias], 1.0)?; // no wait
 //! println!("{}", clipped.wait()?.total_norm); // waits: 5

@@ -30,6 +30,15 @@ pub struct ValueReport {
     pub first_nonfinite: Option<usize>,
 }
 
+impl NormReport {
+    /// Whether the norm is finite. If not, [`NonFinite`](crate::NonFinite) has said what became of the gradients, and an
+    /// optimizer's step with them is usually to be left out.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        self.total_norm.is_finite()
+    }
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for super::NormReport {}

@@ -9,6 +9,13 @@ use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, DriverError,
 };
 
+/// An error of the caller's own calls, for `?` between ours. (Its text without the driver's help, which may be missing.)
+impl From<DriverError> for Error {
+    fn from(DriverError(code): DriverError) -> Self {
+        Self::Driver { op: "a call of cudarc", code: format!("{code:?}") }
+    }
+}
+
 /// Where a gradient is, as its owner says.
 #[derive(Clone, Copy, Debug)]
 #[doc(hidden)]

@@ -65,6 +65,10 @@ impl Grad<'_> {
 /// references to them, and [`Grad`].
 ///
 /// For a list of mixed types use `&dyn AsGrad` or [`Grad`].
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a gradient",
+    note = "a call takes a list of gradients: slices, vectors or arrays of f32, f64, f16 or bf16; one flat buffer is `&mut [&mut buffer]`, mixed types are `&mut dyn AsGradMut`"
+)]
 pub trait AsGrad {
     /// The gradient.
     fn as_grad(&self) -> Grad<'_>;
@@ -82,6 +86,10 @@ pub trait AsGrad {
 /// assert_eq!(cpu::clip_grad_norm(&mut grads, 1.0)?.total_norm, 5.0);
 /// # Ok::<(), gradclip::Error>(())
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a gradient",
+    note = "a call takes a list of gradients: slices, vectors or arrays of f32, f64, f16 or bf16; one flat buffer is `&mut [&mut buffer]`, mixed types are `&mut dyn AsGradMut`"
+)]
 pub trait AsGradMut: AsGrad {
     /// The gradient.
     fn as_grad_mut(&mut self) -> GradMut<'_>;
@@ -150,6 +158,16 @@ implement_for!(f64, F64);
 implement_for!(f16, F16);
 implement_for!(bf16, BF16);
 
+impl<G: AsGrad + ?Sized> AsGrad for Box<G> {
+    fn as_grad(&self) -> Grad<'_> {
+        (**self).as_grad()
+    }
+}
+impl<G: AsGradMut + ?Sized> AsGradMut for Box<G> {
+    fn as_grad_mut(&mut self) -> GradMut<'_> {
+        (**self).as_grad_mut()
+    }
+}
 impl<G: AsGrad + ?Sized> AsGrad for &G {
     fn as_grad(&self) -> Grad<'_> {
         (**self).as_grad()

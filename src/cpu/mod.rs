@@ -49,7 +49,7 @@ pub fn total_norm<G: AsGrad>(grads: &[G], norm_type: NormType) -> Result<NormRep
     Ok(measure(&grads, &ClipNorm::measure_only(norm_type))?.0)
 }
 
-/// Scales all gradients so that their norm together is at most `max_norm`; the direction is kept.
+/// Scales all gradients so that their norm together is at most `max_norm`, up to the rounding of each element; the direction is kept.
 ///
 /// See [`ClipNorm`] for the formula and the options; `1.0` is short for `ClipNorm::new(1.0)`. When the norm is within
 /// the threshold nothing is written. When it is NaN or infinite, [`NonFinite`] decides; by default nothing is written.

@@ -23,4 +23,7 @@ pub use kernels::compiler;
 pub use reports::Pending;
 pub use thread_clippers::{clip_grad_norm, clip_grad_value, release_thread_clippers, total_norm};
 
+/// The cudarc whose types the calls take.
+pub use ::cudarc;
+
 pub(crate) use driver::driver_error;

@@ -1,6 +1,5 @@
 //! The gradients of the given variables, as a store has them: checked, contiguous, each once, all in one place.
 
-use super::framework;
 use crate::adapters::variables::Variables;
 use crate::error::{Error, Result};
 use candle_core::backprop::GradStore;
@@ -44,7 +43,7 @@ impl GradList {
                 list.copied.push((var, index));
             }
             if index == list.tensors.len() {
-                let grad = grad.contiguous().map_err(framework)?; // itself, if it is
+                let grad = grad.contiguous().map_err(Error::from)?; // itself, if it is
                 list.storages.push(storage_address(&grad));
                 list.tensors.push(grad);
                 list.variables.push(var);

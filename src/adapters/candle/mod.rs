@@ -69,6 +69,12 @@ impl From<Error> for candle_core::Error {
     }
 }
 
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Framework(error.to_string())
+    }
+}
+
 /// Norm over the gradients of `vars`; see [`cpu::total_norm`](crate::cpu::total_norm). A gradient that is not contiguous
 /// is read by way of a contiguous copy.
 ///
@@ -87,7 +93,7 @@ pub fn total_norm(vars: &[Var], grads: &GradStore, norm_type: NormType) -> Resul
     }
 }
 
-/// Scales the gradients of `vars` so that their norm together is at most `max_norm`; see
+/// Scales the gradients of `vars` so that their norm together is at most `max_norm`, up to the rounding of each element; see
 /// [`cpu::clip_grad_norm`](crate::cpu::clip_grad_norm).
 ///
 /// # Errors
@@ -121,9 +127,4 @@ pub fn clip_grad_value(
         #[cfg(feature = "candle-cuda")]
         Home::Cuda(stream) => on_cuda::clip_grad_value(list, &stream, vars, grads, clip),
     }
-}
-
-/// An error of candle's own.
-fn framework(error: candle_core::Error) -> Error {
-    Error::Framework(error.to_string())
 }

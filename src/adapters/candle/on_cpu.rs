@@ -1,6 +1,5 @@
 //! CPU tensors: slices of their storage, under its locks.
 
-use super::framework;
 use super::grads::{offsets, GradList};
 use super::locks::{in_own_pool, ReadLocks};
 use crate::abi::ClampBounds;
@@ -74,7 +73,7 @@ fn bytes_of(list: &GradList) -> usize {
 
 /// Applies `op` to each gradient, under its write lock.
 fn update(list: &GradList, op: &impl InplaceOp1) -> Result<()> {
-    list.tensors().iter().try_for_each(|tensor| tensor.inplace_op1(op).map_err(framework))
+    list.tensors().iter().try_for_each(|tensor| tensor.inplace_op1(op).map_err(Error::from))
 }
 
 fn unsupported(index: usize, storage: &CpuStorage) -> Error {
