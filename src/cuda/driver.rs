@@ -77,10 +77,15 @@ fn probe() -> Result<()> {
                     Some(function) => Err(Error::DriverTooOld { reason: format!("{name} has no {function}") }),
                 };
             }
-            Err(error) => reasons.push(error.to_string()),
+            Err(error) => reasons.push(with_source(&error)),
         }
     }
-    Err(Error::DriverMissing { tried: LIBRARIES_TEXT, reason: reasons.swap_remove(0) })
+    Err(Error::DriverMissing { tried: LIBRARIES_TEXT, reason: reasons.join("; ") })
+}
+
+/// What the loader said is in the source of libloading's error.
+fn with_source(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The primary context of device `ordinal`: like [`CudaContext::new`], which panics where no driver is. The calling
