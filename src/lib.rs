@@ -110,8 +110,11 @@ pub mod cuda;
 #[cfg(feature = "candle")]
 #[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
 pub use adapters::candle;
-#[cfg(feature = "candle")]
-#[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
+#[cfg(feature = "tch")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tch")))]
+pub use adapters::tch;
+#[cfg(any(feature = "candle", feature = "tch"))]
+#[cfg_attr(docsrs, doc(cfg(any(feature = "candle", feature = "tch"))))]
 pub use adapters::Deferred;
 
 #[doc(hidden)]
