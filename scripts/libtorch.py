@@ -22,7 +22,7 @@ from cuda_packages import fail, find, install, target_dir
 TCH = {"2.13.0": "0.26", "2.11.0": "0.24"}
 # libtorch_cpu.so of both is linked to these, though it calls them for no CPU tensor.
 NVIDIA = ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85")
-LIBRARIES = ("torch/lib/libtorch_cpu.so", "torch/lib/libc10.so", "torch/lib/libgomp*.so*", "torch/lib/libshm.so",
+LIBRARIES = ("torch/lib/libtorch_cpu.so", "torch/lib/libc10.so", "torch/lib/libgomp*.so*",
              "nvidia/*/lib/libcudart.so.*", "nvidia/*/lib/libcupti.so.*")
 # All of libtorch that is not the CPU part is left out, so this name, which torch-sys links, stands for that part.
 LIBTORCH = "INPUT(libtorch_cpu.so)\n"
@@ -30,6 +30,8 @@ LIBTORCH = "INPUT(libtorch_cpu.so)\n"
 
 def link(packages, home):
     """`home` as a libtorch: `include`, and all libraries in `lib`, so that one folder is enough for the loader."""
+    if (home / "lib" / "libtorch.so").is_file():  # the last one made
+        return
     shutil.rmtree(home, ignore_errors=True)
     (home / "lib").mkdir(parents=True)
     (home / "include").symlink_to(find(packages, "torch/include"))

@@ -43,13 +43,17 @@ impl GradList {
             variables: Variables::with_capacity(params.len()),
             ..Self::default()
         };
-        // The same for two gradients exactly if they are the same elements of the same memory: the shape counts only where
-        // there are gaps.
+        // The same for two gradients exactly if they are the same elements of the same memory: the shape counts only
+        // where there are gaps.
         let mut seen = HashSet::with_capacity(params.len());
         // Memory that a gradient takes, from its first element to its last; in step with `places`.
         let mut spans = Vec::with_capacity(params.len());
         for (param, tensor) in params.iter().enumerate() {
-            let grad = tensor.borrow().f_grad().map_err(framework)?;
+            let tensor = tensor.borrow();
+            if !tensor.defined() {
+                continue; // tch's own default
+            }
+            let grad = tensor.f_grad().map_err(framework)?;
             if !grad.defined() {
                 continue;
             }
@@ -61,6 +65,10 @@ impl GradList {
             }
             let (dense, numel) = (shape.is_dense(), shape.numel);
             let address = if numel == 0 { 0 } else { grad.data_ptr() as u64 };
+            if address == 0 && numel > 0 {
+                return Err(Error::Framework(format!("the gradient of parameter {param} has no memory")));
+                // zeros, in short
+            }
             let dims = if dense { Vec::new() } else { shape.dims };
             if !seen.insert((address, numel, dtype, dims)) {
                 continue; // another parameter's, too
@@ -175,7 +183,7 @@ fn dtype_of(param: usize, grad: &Tensor) -> Result<Dtype> {
 
 /// Sizes and strides of a strided tensor.
 struct Shape {
-    /// Size and stride of each dimension that has more than one element, by stride. Not filled in for contiguous tensors.
+    /// Size and stride of each dimension that has more than one element, by stride. Left out of contiguous tensors.
     dims: Vec<(i64, i64)>,
     numel: u64,
     /// Elements from the first in memory to the last, those in gaps too.

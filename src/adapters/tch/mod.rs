@@ -51,15 +51,19 @@
 //! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; `total_norm` 1 | of that gradient | 0 | 1, libtorch's |
 //! | [`Deferred::wait`] | 0 | 64 bytes | 1 | 0 |
 //!
-//! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm; it panics
+//! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm. It panics
 //! where there are no gradients, and returns nothing.
 //!
 //! # Linking CUDA
 //!
-//! The linker drops `libtorch_cuda.so` from a program that names none of its symbols, and `tch::Cuda::is_available()` is
-//! then false on any machine. tch's own examples get it from a build script:
-//! `println!("cargo:rustc-link-arg=-Wl,--no-as-needed"); println!("cargo:rustc-link-arg=-ltorch_cuda");`. That goes into
-//! the package of the program; a library such as this one cannot do it.
+//! The linker drops `libtorch_cuda.so` from a program that names none of its symbols, and `tch::Cuda::is_available()`
+//! is then false on any machine. As in tch's own examples, the build script of the program has to keep it (that of a
+//! library, such as this one, cannot):
+//!
+//! ```no_run
+//! println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
+//! println!("cargo:rustc-link-arg=-ltorch");
+//! ```
 //!
 //! [`Deferred::wait`]: crate::Deferred::wait
 #![cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]

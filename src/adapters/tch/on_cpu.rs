@@ -84,8 +84,8 @@ unsafe fn slices_mut(list: &mut GradList) -> Vec<GradMut<'_>> {
 /// `place` comes from a list that lives for `'a`, `T` is its dtype, and nothing writes it during `'a`.
 ///
 /// The list has seen to the rest: the elements of a CPU tensor, which it owns, fill that memory, and the address is
-/// aligned. tch hands out no reference to elements. That no other thread writes or resizes the tensor meanwhile is up to
-/// the caller of the crate, as in any operation of libtorch.
+/// aligned. tch hands out no reference to elements. That no other thread writes or resizes the tensor meanwhile is up
+/// to the caller of the crate, as in any operation of libtorch.
 unsafe fn elements<'a, T: Element>(place: TensorRef) -> &'a [T] {
     if place.numel == 0 {
         return &[]; // the address of an empty tensor means nothing

@@ -1,0 +1,87 @@
+//! HEADER
+
+use std::time::Instant;
+
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use train::Run;
+
+mod cartpole;
+mod train;
+
+/// Balances a pole on a cart by an advantage actor-critic in tch, with and without norm clipping.
+#[derive(Parser)]
+struct Args {
+    /// A few seconds: 1 seed, 100 updates
+    #[arg(long)]
+    quick: bool,
+    /// Number of seeds; each gives initial weights and starts of episodes [default: 5]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: Option<u64>,
+    /// Updates of each run, after 256 steps each [default: 1000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    updates: Option<u64>,
+    /// Learning rate, the same for all
+    #[arg(long, value_name = "X", default_value_t = 0.05)]
+    lr: f64,
+    /// Threshold of norm clipping
+    #[arg(long, value_name = "X", default_value_t = 0.5)]
+    max_norm: f64,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    tch::set_num_threads(1); // the layers are too small to share
+    let updates = args.updates.unwrap_or(if args.quick { 100 } else { 1000 });
+    let seeds = args.seeds.unwrap_or(if args.quick { 1 } else { 5 });
+    println!("cart-pole; {updates} updates of SGD at learning rate {}; {seeds} seeds; on the CPU\n", args.lr);
+
+    let clippings = [None, Some(args.max_norm)];
+    let bar = ProgressBar::new(clippings.len() as u64 * seeds * updates);
+    bar.set_style(ProgressStyle::with_template("{bar:40} {percent:>3} %  {elapsed} of {duration}  {msg}")?);
+    let start = Instant::now();
+    let mut runs = Vec::new();
+    for max_norm in clippings {
+        for seed in 1..=seeds {
+            let label = label(max_norm);
+            runs.push(train::train(max_norm, args.lr, updates as usize, seed, |score| {
+                bar.inc(1);
+                bar.set_message(format!("{label}, seed {seed}: {score:.0} steps"));
+            })?);
+        }
+    }
+    bar.finish_and_clear();
+    print(&runs);
+    println!("\ntime: {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn label(max_norm: Option<f64>) -> String {
+    max_norm.map_or("no clipping".into(), |max_norm| format!("norm clipping, {max_norm}"))
+}
+
+/// One row for each run, then one line for each kind of clipping.
+fn print(runs: &[Run]) {
+    println!(
+        "{:<18} {:>4} {:>16} {:>13} {:>13} {:>15} {:>10}",
+        "", "seed", "updates clipped", "largest norm", "last episodes", "solved", "clip time"
+    );
+    for run in runs {
+        let percent = 100.0 * run.clipped as f64 / run.norms.len() as f64;
+        println!(
+            "{:<18} {:>4} {:>16} {:>13.3} {:>13.0} {:>15} {:>8.1} %",
+            label(run.max_norm),
+            run.seed,
+            run.max_norm.map_or("-".into(), |_| format!("{} ({percent:.0} %)", run.clipped)),
+            run.norms.iter().copied().fold(0.0, f64::max),
+            run.score,
+            run.solved.map_or("no".into(), |update| format!("at update {update}")),
+            100.0 * run.clip_time.as_secs_f64() / run.time.as_secs_f64(),
+        );
+    }
+    println!("largest norm: before clipping; last episodes: mean length of 100; solved: that reached 475; clip time: share of all\n");
+    for same in runs.chunk_by(|a, b| a.max_norm == b.max_norm) {
+        let solved = same.iter().filter(|run| run.solved.is_some()).count();
+        println!("{:<18} {solved} of {} solved", label(same[0].max_norm), same.len());
+    }
+}
