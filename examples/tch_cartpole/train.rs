@@ -113,7 +113,7 @@ pub fn train(max_norm: Option<f64>, lr: f64, updates: usize, seed: u64, progress
         let chosen = log_probs.gather(-1, &actions, false).squeeze_dim(-1);
         let actor_loss = -(chosen * advantages.detach()).mean(Kind::Float);
         let critic_loss = advantages.square().mean(Kind::Float);
-        let loss = actor_loss + 0.5 * critic_loss - ENTROPY_BONUS * entropy;
+        let loss: Tensor = actor_loss + 0.5 * critic_loss - ENTROPY_BONUS * entropy;
         optimizer.zero_grad();
         loss.backward();
 
