@@ -74,8 +74,8 @@ impl Rollout {
     /// Discounted rewards from each step on: 1 for every step, and what the critic expects after the last one.
     fn returns(&self, after: &[f32]) -> Vec<f32> {
         let mut returns = vec![0.0; self.over.len()];
-        for cart in 0..CARTS {
-            let mut ahead = after[cart];
+        for (cart, &after) in after.iter().enumerate() {
+            let mut ahead = after;
             for i in (cart..self.over.len()).step_by(CARTS).rev() {
                 ahead = 1.0 + if self.over[i] { 0.0 } else { DISCOUNT * ahead };
                 returns[i] = ahead;
