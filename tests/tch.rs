@@ -520,17 +520,19 @@ fn autograd_notices_a_clip_of_a_gradient_that_it_tracks() {
     }
 }
 
+/// libtorch keeps the opposite, and a note that it is to be negated: of the imaginary part of a conjugate, for one.
 #[test]
 fn a_gradient_that_is_stored_negated() {
-    // The imaginary part of a conjugate: libtorch keeps the opposite, and a note.
     let complex = Tensor::complex(&tensor(&[0.0, 0.0]), &tensor(&[3.0, -4.0]));
-    let negated = complex.conj().imag();
-    assert!(negated.is_neg());
-    let params = [param(&negated)];
-    assert_eq!(grad(&params[0]), [-3.0, 4.0]);
-    assert_eq!(clip_grad_value(&params, ClipValue::between(-1.0, 2.0)).unwrap().clipped, 2);
-    assert_eq!(grad(&params[0]), [-1.0, 2.0]);
-    assert_eq!(values(&complex.imag()), [1.0, -2.0]);
+    let real = tensor(&[3.0, -4.0]);
+    for (negated, stored) in [(complex.conj().imag(), complex.imag()), (real.internal_neg_view(), real)] {
+        assert!(negated.is_neg());
+        let params = [param(&negated)];
+        assert_eq!(grad(&params[0]), [-3.0, 4.0]);
+        assert_eq!(clip_grad_value(&params, ClipValue::between(-1.0, 2.0)).unwrap().clipped, 2);
+        assert_eq!(grad(&params[0]), [-1.0, 2.0]);
+        assert_eq!(values(&stored), [1.0, -2.0]);
+    }
 }
 
 /// On a GPU: what the adapter adds to the CUDA back end, which has tests of its own.
