@@ -35,14 +35,15 @@
 //! back if it was written (on a GPU, always): views with gaps, and gradients that autograd tracks (`create_graph`), so
 //! that it notices the change. For the overlap check a view with gaps counts as all the memory between its ends.
 //!
-//! Writing is what libtorch takes any operation in place for: no other thread may use the same gradients meanwhile.
+//! As with any operation of libtorch in place, no other thread may use the same gradients meanwhile.
 //!
 //! # CUDA tensors (feature `cuda`)
 //!
 //! Everything is enqueued on libtorch's current stream of the gradients' device, and nothing waits: the report stays on
 //! the device until [`Deferred::wait`]. Which stream that is, `libtorch_cuda.so` says, which is in the process wherever
 //! a CUDA tensor is; if it does not, the call is an error. A clipper is kept for each thread and stream;
-//! [`cuda::release_thread_clippers`] frees them. No GPU has run this yet.
+//! [`cuda::release_thread_clippers`] frees them, until when a stream that libtorch did not make itself has to live. No
+//! GPU has run this yet.
 //!
 //! | per call | launches | copies | waits | allocations |
 //! |---|---|---|---|---|

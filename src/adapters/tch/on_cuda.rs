@@ -94,8 +94,9 @@ fn current_stream(ordinal: usize) -> Result<Arc<CudaStream>> {
     if status != 0 {
         return Err(Error::Framework(format!("libtorch gave no current stream for cuda:{ordinal} (status {status})")));
     }
-    // SAFETY: libtorch works in the primary context, as `context` does. It keeps its streams for the life of the process.
-    // Its own work and ours are ordered by being on the same stream.
+    // SAFETY: libtorch works in the primary context, as `context` does. It keeps its streams for the life of the process,
+    // and the caller those that libtorch was given (the documentation of the module asks for it). Its own work and ours
+    // are ordered by being on the same stream.
     Ok(unsafe { context.wrap_borrowed_stream(stream.cast()) })
 }
 
