@@ -547,8 +547,8 @@ mod gpu {
     fn device() -> Option<Device> {
         static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
         let found = FOUND.get_or_init(|| {
-            // The linker drops libtorch_cuda.so, of which no symbol is named here. Opened before the first use of CUDA, it
-            // makes itself known to libtorch.
+            // The linker drops libtorch_cuda.so, of which no symbol is named here. Opened before the first use of CUDA,
+            // it makes itself known to libtorch.
             // SAFETY: it is the library that this program would be linked to.
             match unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) } {
                 Ok(library) => std::mem::forget(library),

@@ -52,8 +52,8 @@
 //! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; `total_norm` 1 | of that gradient | 0 | 1, libtorch's |
 //! | [`Deferred::wait`] | 0 | 64 bytes | 1 | 0 |
 //!
-//! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm. It panics
-//! where there are no gradients, and returns nothing.
+//! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm. It
+//! panics where there are no gradients, and returns nothing.
 //!
 //! # Linking CUDA
 //!

@@ -94,9 +94,9 @@ fn current_stream(ordinal: usize) -> Result<Arc<CudaStream>> {
     if status != 0 {
         return Err(Error::Framework(format!("libtorch gave no current stream for cuda:{ordinal} (status {status})")));
     }
-    // SAFETY: libtorch works in the primary context, as `context` does. It keeps its streams for the life of the process,
-    // and the caller those that libtorch was given (the documentation of the module asks for it). Its own work and ours
-    // are ordered by being on the same stream.
+    // SAFETY: libtorch works in the primary context, as `context` does. It keeps its streams for the life of the
+    // process, and the caller those that libtorch was given (the documentation of the module asks for it). Its own work
+    // and ours are ordered by being on the same stream.
     Ok(unsafe { context.wrap_borrowed_stream(stream.cast()) })
 }
 
@@ -115,8 +115,8 @@ fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
 fn look_up(library: &str) -> Result<CurrentStream> {
     let missing = |what: String| {
         Error::Framework(format!(
-            "libtorch's current CUDA stream is not known: {what}. CUDA tensors need {LIBTORCH_CUDA} of a libtorch that has \
-             {CURRENT_STREAM}, as 2.11 and 2.13 have"
+            "libtorch's current CUDA stream is not known: {what}. CUDA tensors need the {LIBTORCH_CUDA} of a libtorch \
+             that has {CURRENT_STREAM}, as 2.11 and 2.13 have"
         ))
     };
     // SAFETY: where a CUDA tensor is, this library is in the process already, so that opening it by its name finds that
