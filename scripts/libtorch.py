@@ -3,7 +3,9 @@
     eval "$(python3 scripts/libtorch.py)"           # for the tch of Cargo.lock
     cargo test --features tch --test tch
 
-    eval "$(python3 scripts/libtorch.py --torch 2.11.0)" && cargo update -p tch --precise 0.24.0    # for the other one
+    eval "$(python3 scripts/libtorch.py --torch 2.11.0)"    # for the other one
+    cargo update -p tch --precise 0.24.0                    # git checkout Cargo.lock undoes it
+    cargo test --features tch --test tch
 
 It comes from the PyTorch wheel, of which it takes the headers and the CPU library, and from the two small NVIDIA wheels
 that this library is linked to: about 600 MB to download, once. 64-bit Linux. What is printed, and nothing else on the

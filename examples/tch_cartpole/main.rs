@@ -1,4 +1,49 @@
-//! HEADER
+//! Clipping in reinforcement learning: a pole on a cart, balanced by an advantage actor-critic written in tch.
+//!
+//! The task is CartPole-v1: a reward of 1 for each step, at most 500 of them, and solved where 100 episodes in a row
+//! have a mean of 475. Actor and critic share two layers of 64 tanh units. 16 carts run 16 steps, then comes one step of
+//! plain SGD. The critic's error is in the units of the discounted returns, which grow up to 100 as the actor learns, and
+//! its gradient grows with it. Each seed gives the same initial weights to both.
+//!
+//! ```text
+//! cargo run --release --features tch --example tch_cartpole
+//! ```
+//!
+//! Measured on one core of an AMD EPYC (Zen 5), tch 0.26 on libtorch 2.13, 19 s, once built:
+//!
+//! ```text
+//! cart-pole; 2000 updates of SGD at learning rate 0.1; 5 seeds; on the CPU
+//!
+//!                    seed  updates clipped  largest norm last episodes          solved  clip time
+//! no clipping           1                -        8.7e21            23              no      1.4 %
+//! no clipping           2                -        1.4e22            22              no      1.4 %
+//! no clipping           3                -        1.2e22            22              no      1.4 %
+//! no clipping           4                -        5.4e21            21              no      1.3 %
+//! no clipping           5                -        9.0e21            25              no      1.4 %
+//! norm clipping, 5      1       884 (44 %)         741.7           413   at update 949      1.0 %
+//! norm clipping, 5      2       940 (47 %)        1005.0           409  at update 1340      1.0 %
+//! norm clipping, 5      3       974 (49 %)         640.8           420  at update 1564      1.0 %
+//! norm clipping, 5      4       859 (43 %)        1391.3           342   at update 790      1.0 %
+//! norm clipping, 5      5      1102 (55 %)        1425.2           429  at update 1163      1.0 %
+//! largest norm: before clipping; last episodes: mean length of 100; solved: that reached 475;
+//! clip time: share of rollout, forward, backward, clip and update
+//!
+//! no clipping        0 of 5 solved
+//! norm clipping, 5   5 of 5 solved
+//! ```
+//!
+//! Learning rate and threshold were chosen by hand, as those with which most seeds are solved. Of 5 seeds at other
+//! learning rates (`--lr`):
+//!
+//! | learning rate | 0.01 | 0.02 | 0.05 | 0.1 | 0.2 |
+//! |---|---|---|---|---|---|
+//! | no clipping | 2 | 3 | 2 | 0 | 0 |
+//! | norm clipping, 5 | 0 | 0 | 4 | 5 | 1 |
+//!
+//! So a lower rate does without, for some seeds, and is only slowed down by the clip; what the clip buys is the rate at
+//! which all of them learn in this time. "Solved" does not say that it stays so: the last episodes are shorter.
+//!
+//! Results repeat exactly on one machine. Another CPU, or libtorch, may add in another order.
 
 use std::time::Instant;
 
