@@ -32,8 +32,8 @@
 //! norm clipping, 5   5 of 5 solved
 //! ```
 //!
-//! Learning rate and threshold were chosen by hand, as those with which most seeds are solved. Of 5 seeds at other
-//! learning rates (`--lr`):
+//! Learning rate and threshold were chosen by hand, to solve most of these seeds. With `--seeds 20`, 15 of which had no
+//! part in that choice: 0 and 17. Solved of 5 seeds at other learning rates (`--lr`):
 //!
 //! | learning rate | 0.01 | 0.02 | 0.05 | 0.1 | 0.2 |
 //! |---|---|---|---|---|---|
