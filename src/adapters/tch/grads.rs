@@ -66,8 +66,8 @@ impl GradList {
             let (dense, numel) = (shape.is_dense(), shape.numel);
             let address = if numel == 0 { 0 } else { grad.data_ptr() as u64 };
             if address == 0 && numel > 0 {
+                // Zeros that libtorch keeps as no more than their shape.
                 return Err(Error::Framework(format!("the gradient of parameter {param} has no memory")));
-                // zeros, in short
             }
             let dims = if dense { Vec::new() } else { shape.dims };
             if !seen.insert((address, numel, dtype, dims)) {
