@@ -22,6 +22,7 @@
 //! | [`cpu`] | slices, vectors and arrays in host memory | a report |
 //! | [`cuda`] | slices and views of cudarc, raw device pointers | a `Pending` report, which stays on the device until asked for |
 //! | [`candle`] | the `GradStore` of candle, CPU and CUDA tensors | a `Deferred` report: there at once, or on the device until asked for |
+//! | [`tch`] | the `grad()` of tch tensors, on the CPU or a GPU | a `Deferred` report, which waits only when asked |
 //!
 //! On a GPU, keep a `Clipper` for each stream, or let the functions of the module [`cuda`] keep one:
 //!
@@ -71,8 +72,8 @@
 //! * `max_norm` 0 makes every gradient 0; infinity only measures.
 //! * [`NonFinite`] says what happens when the norm is NaN or infinite: `Skip`, `Zero`, `Propagate`, `Error`.
 //! * An empty list, and empty gradients anywhere in one, have norm 0 and are left alone.
-//! * Gradients that share memory are refused: they would be counted, and scaled, twice. (Where candle gives several
-//!   variables one gradient, it is clipped once.)
+//! * Gradients that share memory are refused: they would be counted, and scaled, twice. (Where candle or tch gives
+//!   several variables one gradient, it is clipped once.)
 //! * Value clipping is `min(max(x, lo), hi)`. NaN stays and is counted; Inf becomes a bound.
 //! * f32, f64, f16 and bf16 can be mixed in one list. Any length, any alignment that the type allows.
 //!
@@ -97,11 +98,15 @@
 //! * `candle`: the module [`candle`], for candle-core 0.11, CPU tensors.
 //! * `candle-cuda`: CUDA tensors too. It turns on candle's own feature `cuda`, which takes a CUDA toolkit to build and
 //!   links the driver: such a program does not start where there is none.
+//! * `tch`: the module [`tch`], for tch 0.24 or 0.26, whichever the program has. Needs the libtorch of that release:
+//!   2.11 or 2.13. CUDA tensors need `cuda` too.
 //!
 #![cfg_attr(feature = "cuda", doc = "[`cuda`]: crate::cuda")]
 #![cfg_attr(not(feature = "cuda"), doc = "[`cuda`]: #features")]
 #![cfg_attr(feature = "candle", doc = "[`candle`]: crate::candle")]
 #![cfg_attr(not(feature = "candle"), doc = "[`candle`]: #features")]
+#![cfg_attr(feature = "tch", doc = "[`tch`]: crate::tch")]
+#![cfg_attr(not(feature = "tch"), doc = "[`tch`]: #features")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapters;
@@ -112,8 +117,11 @@ pub mod cuda;
 #[cfg(feature = "candle")]
 #[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
 pub use adapters::candle;
-#[cfg(feature = "candle")]
-#[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
+#[cfg(feature = "tch")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tch")))]
+pub use adapters::tch;
+#[cfg(any(feature = "candle", feature = "tch"))]
+#[cfg_attr(docsrs, doc(cfg(any(feature = "candle", feature = "tch"))))]
 pub use adapters::Deferred;
 
 #[doc(hidden)]
@@ -136,6 +144,6 @@ pub use report::{NormReport, Report, ValueReport};
 pub const REPORTS_KEPT: usize = 256;
 
 /// The snippets of the README, compiled and run as tests.
-#[cfg(all(doctest, feature = "candle", feature = "cuda"))]
+#[cfg(all(doctest, feature = "candle", feature = "cuda", feature = "tch"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

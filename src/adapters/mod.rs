@@ -4,10 +4,12 @@
 pub mod candle;
 #[cfg(feature = "cuda")]
 pub(crate) mod cudarc;
-#[cfg(feature = "candle")]
+#[cfg(any(feature = "candle", feature = "tch"))]
 mod deferred;
-#[cfg(feature = "candle")]
+#[cfg(feature = "tch")]
+pub mod tch;
+#[cfg(any(feature = "candle", feature = "tch"))]
 mod variables;
 
-#[cfg(feature = "candle")]
+#[cfg(any(feature = "candle", feature = "tch"))]
 pub use deferred::Deferred;

@@ -132,6 +132,16 @@ pub fn peer_element(tensors: &[Tensor], format: Format, exact: f64) -> f64 {
     4.0 * (format.unit(exact) + narrowest_epsilon(tensors) * exact.abs())
 }
 
+/// Relative error of an element that a peer clips by the norm of the norms of `tensors` tensors of up to `numel`
+/// elements, all in `dtype`, in an order of its own: each of n terms is rounded once and goes through at most n - 1
+/// additions; the root halves that, and is rounded itself. Then come one rounding of the coefficient and one of the
+/// product, which the other side of a comparison has too.
+pub fn peer_clip(dtype: Dtype, numel: usize, tensors: usize) -> f64 {
+    let unit = if dtype == Dtype::F64 { V } else { U };
+    let norm = |terms: usize| (terms as f64 / 2.0 + 1.0) * unit;
+    (norm(numel) + norm(tensors) + 4.0 * unit) * (1.0 + numel as f64 * unit)
+}
+
 fn narrowest_epsilon(tensors: &[Tensor]) -> f64 {
     tensors.iter().map(|tensor| tensor.format().epsilon()).fold(Format::of(Dtype::F64).epsilon(), f64::max)
 }

@@ -1,0 +1,187 @@
+//! Clipping the gradients of tch tensors, where `backward` has left them.
+//!
+//! ```
+//! use tch::nn::{self, OptimizerConfig};
+//! use tch::{Device, Kind, Tensor};
+//!
+//! # fn main() -> tch::Result<()> {
+//! let vars = nn::VarStore::new(Device::Cpu);
+//! let weight = vars.root().f_var("weight", &[2], nn::Init::Const(0.0))?;
+//! let mut optimizer = nn::Sgd::default().build(&vars, 1.0)?;
+//!
+//! let target = Tensor::from_slice(&[3.0f32, 4.0]);
+//! let loss = (&weight - target).square().sum(Kind::Float) * 0.5;
+//! optimizer.zero_grad();
+//! loss.backward();
+//! let clipped = gradclip::tch::clip_grad_norm(&vars.trainable_variables(), 1.0)?;
+//! optimizer.step();
+//!
+//! assert_eq!(clipped.wait()?.total_norm, 5.0);
+//! assert!(weight.allclose(&Tensor::from_slice(&[0.6f32, 0.8]), 1e-7, 0.0, false));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What is clipped
+//!
+//! The `grad()` of each of the given parameters: tensors, or references to them. One without a gradient is skipped; no
+//! gradients, or no parameters, have norm 0. A gradient that two parameters share is clipped once. `Float`, `Double`,
+//! `Half` and `BFloat16`, mixed as they come; any other kind, and any layout that is not strided (sparse, MKL-DNN), is
+//! an error. All gradients have to be on one device. Indices in reports and errors are those of the parameters.
+//!
+//! Gradients are clipped in place. The order of dimensions does not matter: one that is transposed or channels-last, as
+//! the gradient of such a parameter is, is read and written where it is, and the index of an element, which fixes the
+//! order of additions, is its place in memory. Two kinds of gradients are clipped in a contiguous copy, which is copied
+//! back if it was written (on a GPU, always): views with gaps, and gradients that autograd tracks (`create_graph`), so
+//! that it notices the change. For the overlap check a view with gaps counts as all the memory between its ends.
+//!
+//! As with any operation of libtorch in place, no other thread may use the same gradients meanwhile.
+//!
+//! # CUDA tensors (feature `cuda`)
+//!
+//! Everything is enqueued on libtorch's current stream of the gradients' device, and nothing waits: the report stays on
+//! the device until [`Deferred::wait`]. Which stream that is, `libtorch_cuda.so` says, which is in the process wherever
+//! a CUDA tensor is; if it does not, the call is an error. A clipper is kept for each thread and stream;
+//! [`cuda::release_thread_clippers`] frees them, until when a stream that libtorch did not make itself has to live. No
+//! GPU has run this yet.
+//!
+//! | per call | launches | copies | waits | allocations |
+//! |---|---|---|---|---|
+//! | CPU tensors | | | | host only |
+//! | CUDA tensors, `total_norm` / `clip_grad_norm` / `clip_grad_value` | 2 / 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | host only, once a list of that size has been seen |
+//! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; `total_norm` 1 | of that gradient | 0 | 1, libtorch's |
+//! | [`Deferred::wait`] | 0 | 64 bytes | 1 | 0 |
+//!
+//! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm. It
+//! panics where there are no gradients, and returns nothing.
+//!
+//! # Linking CUDA
+//!
+//! The linker drops `libtorch_cuda.so` from a program that names none of its symbols, and `tch::Cuda::is_available()`
+//! is then false on any machine. As in tch's own examples, the build script of the program has to keep it (that of a
+//! library, such as this one, cannot):
+//!
+//! ```no_run
+//! println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
+//! println!("cargo:rustc-link-arg=-ltorch");
+//! ```
+//!
+//! [`Deferred::wait`]: crate::Deferred::wait
+#![cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
+#![cfg_attr(not(feature = "cuda"), doc = "[`cuda::release_thread_clippers`]: crate#features")]
+
+mod grads;
+mod on_cpu;
+#[cfg(feature = "cuda")]
+mod on_cuda;
+
+use super::deferred::Deferred;
+use crate::error::{Error, Result};
+use crate::options::{ClipNorm, ClipValue, NormType};
+use crate::report::{NormReport, ValueReport};
+use ::tch::{TchError, Tensor};
+use grads::{GradList, Home};
+use std::borrow::Borrow;
+
+/// As the one variant of tch's that carries another error: its text is that error's, and `into_inner` of the
+/// [`std::io::Error`] gives it back.
+impl From<Error> for TchError {
+    fn from(error: Error) -> Self {
+        Self::Io(std::io::Error::other(error))
+    }
+}
+
+/// Norm over the gradients of `params`; see [`cpu::total_norm`](crate::cpu::total_norm).
+///
+/// # Errors
+/// Gradients on more than one device, of another kind or layout; gradients that overlap without being the same. Of CUDA
+/// tensors also those of [`cuda::Clipper`], and [`Error::Framework`] if libtorch does not say which stream is current.
+///
+/// ```
+/// use gradclip::NormType;
+/// use tch::{Device, Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let weight = Tensor::from_slice(&[3.0f32, 4.0]).set_requires_grad(true);
+/// let unused = Tensor::zeros([1000], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+/// (weight.square().sum(Kind::Float) * 0.5).backward();
+/// let report = gradclip::tch::total_norm(&[&weight, &unused], NormType::L1)?.wait()?;
+/// assert_eq!(report.total_norm, 7.0);
+/// # Ok(())
+/// # }
+/// ```
+///
+#[cfg_attr(feature = "cuda", doc = "[`cuda::Clipper`]: crate::cuda::Clipper")]
+#[cfg_attr(not(feature = "cuda"), doc = "[`cuda::Clipper`]: crate#features")]
+pub fn total_norm<T: Borrow<Tensor>>(params: &[T], norm_type: NormType) -> Result<Deferred<NormReport>> {
+    let list = GradList::gather(params)?;
+    match list.home() {
+        Home::Cpu => on_cpu::total_norm(list, norm_type),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::total_norm(list, ordinal, norm_type),
+    }
+}
+
+/// Scales the gradients of `params` so that their norm together is at most `max_norm`; see
+/// [`cpu::clip_grad_norm`](crate::cpu::clip_grad_norm).
+///
+/// # Errors
+/// As [`total_norm`]; a threshold that is negative or NaN; a norm that is not finite, if the policy is
+/// [`NonFinite::Error`](crate::NonFinite::Error). No value has changed then.
+///
+/// ```
+/// use gradclip::{ClipNorm, NonFinite};
+/// use tch::{Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let weight = Tensor::from_slice(&[3.0f32, 4.0]).set_requires_grad(true);
+/// (weight.square().sum(Kind::Float) * 0.5).backward();
+/// let clip = ClipNorm::new(2.5).nonfinite(NonFinite::Error);
+/// assert!(gradclip::tch::clip_grad_norm(&[&weight], clip)?.wait()?.written);
+/// assert_eq!(Vec::<f32>::try_from(weight.grad())?, [1.5, 2.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_grad_norm<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(params)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_norm(list, &clip),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::clip_grad_norm(list, ordinal, clip),
+    }
+}
+
+/// Limits each element of the gradients of `params`; see [`cpu::clip_grad_value`](crate::cpu::clip_grad_value).
+///
+/// # Errors
+/// As [`total_norm`]; a value that is negative or NaN, or bounds with `lo > hi`. No value has changed then.
+///
+/// ```
+/// use tch::{Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let weight = Tensor::from_slice(&[0.25f32, -4.0]).set_requires_grad(true);
+/// (weight.square().sum(Kind::Float) * 0.5).backward();
+/// assert_eq!(gradclip::tch::clip_grad_value(&[&weight], 0.5)?.wait()?.clipped, 1);
+/// assert_eq!(Vec::<f32>::try_from(weight.grad())?, [0.25, -0.5]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_grad_value<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipValue>) -> Result<Deferred<ValueReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(params)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_value(list, &clip),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::clip_grad_value(list, ordinal, clip),
+    }
+}
+
+/// An error of libtorch's, without the C++ stack that follows its first line.
+fn framework(error: TchError) -> Error {
+    let text = error.to_string();
+    Error::Framework(text.lines().next().unwrap_or_default().to_owned())
+}

@@ -1,0 +1,105 @@
+//! CPU tensors: slices of their memory.
+
+use super::grads::GradList;
+use crate::adapters::deferred::Deferred;
+use crate::clip_coef::Verdict;
+use crate::cpu::{self, Grad, GradMut};
+use crate::dtype::{Dtype, Element};
+use crate::error::Result;
+use crate::options::{ClipNorm, ClipValue, NormType};
+use crate::plan::TensorRef;
+use crate::report::{NormReport, ValueReport};
+use crate::value_bounds;
+use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
+use std::slice::{from_raw_parts, from_raw_parts_mut};
+
+pub(super) fn total_norm(list: GradList, norm_type: NormType) -> Result<Deferred<NormReport>> {
+    let (report, _) = measure(&list, &ClipNorm::measure_only(norm_type))?;
+    Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn clip_grad_norm(mut list: GradList, clip: &ClipNorm) -> Result<Deferred<NormReport>> {
+    let (report, verdict) = measure(&list, clip)?;
+    if verdict.written() {
+        // SAFETY: `measure` has refused overlaps.
+        cpu::apply(&verdict, &mut unsafe { slices_mut(&mut list) });
+        list.put_back()?;
+    }
+    Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn clip_grad_value(mut list: GradList, clip: &ClipValue) -> Result<Deferred<ValueReport>> {
+    cpu::check(&slices(&list)).map_err(|error| list.name_in(error))?;
+    let bounds = value_bounds::in_each_dtype(clip);
+    // SAFETY: `check` has refused overlaps.
+    let counts = cpu::clamp_all(&bounds, &mut unsafe { slices_mut(&mut list) });
+    let report = cpu::value_report(&counts);
+    if report.written {
+        list.put_back()?;
+    }
+    Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+fn measure(list: &GradList, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
+    cpu::measure(&slices(list), clip).map_err(|error| list.name_in(error))
+}
+
+/// The gradients, to read.
+fn slices(list: &GradList) -> Vec<Grad<'_>> {
+    let slice_of = |&place: &TensorRef| {
+        // SAFETY: the list is borrowed for as long as the slice, and nothing is written while it is.
+        unsafe {
+            match place.dtype {
+                Dtype::F32 => Grad::F32(elements(place)),
+                Dtype::F64 => Grad::F64(elements(place)),
+                Dtype::F16 => Grad::F16(elements(place)),
+                Dtype::BF16 => Grad::BF16(elements(place)),
+            }
+        }
+    };
+    list.places().iter().map(slice_of).collect()
+}
+
+/// The gradients, to write.
+///
+/// # Safety
+/// No two places of the list overlap.
+unsafe fn slices_mut(list: &mut GradList) -> Vec<GradMut<'_>> {
+    let slice_of = |&place: &TensorRef| {
+        // SAFETY: the list is borrowed mutably for as long as the slice, and the caller keeps it free of overlaps, so
+        // each is the only reference to its elements.
+        unsafe {
+            match place.dtype {
+                Dtype::F32 => GradMut::F32(elements_mut(place)),
+                Dtype::F64 => GradMut::F64(elements_mut(place)),
+                Dtype::F16 => GradMut::F16(elements_mut(place)),
+                Dtype::BF16 => GradMut::BF16(elements_mut(place)),
+            }
+        }
+    };
+    list.places().iter().map(slice_of).collect()
+}
+
+/// # Safety
+/// `place` comes from a list that lives for `'a`, `T` is its dtype, and nothing writes it during `'a`.
+///
+/// The list has seen to the rest: the elements of a CPU tensor, which it owns, fill that memory, and the address is
+/// aligned. tch hands out no reference to elements. That no other thread writes or resizes the tensor meanwhile is up
+/// to the caller of the crate, as in any operation of libtorch.
+unsafe fn elements<'a, T: Element>(place: TensorRef) -> &'a [T] {
+    if place.numel == 0 {
+        return &[]; // the address of an empty tensor means nothing
+    }
+    // SAFETY: the above.
+    unsafe { from_raw_parts(with_exposed_provenance(place.address as usize), place.numel as usize) }
+}
+
+/// # Safety
+/// As [`elements`], and nothing else reads it either.
+unsafe fn elements_mut<'a, T: Element>(place: TensorRef) -> &'a mut [T] {
+    if place.numel == 0 {
+        return &mut [];
+    }
+    // SAFETY: the above.
+    unsafe { from_raw_parts_mut(with_exposed_provenance_mut(place.address as usize), place.numel as usize) }
+}
