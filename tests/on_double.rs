@@ -41,5 +41,8 @@ mod double {
     pub mod cost;
     pub mod faults;
     pub mod graphs;
+    pub mod lifetimes;
+    pub mod raw;
     pub mod streams;
+    pub mod threads;
 }

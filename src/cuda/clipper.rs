@@ -84,9 +84,10 @@ impl Clipper {
     pub fn total_norm<G: DeviceGrad>(&mut self, grads: &[G], norm_type: NormType) -> Result<Pending<NormReport>> {
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), false)?;
-        self.list.release(grads, &self.stream)?;
-        Ok(pending)
+        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), false);
+        // After an error too: a stage that was launched before it may still be running.
+        let released = self.list.release(grads, &self.stream);
+        pending.and_then(|pending| released.map(|()| pending))
     }
 
     /// Scales all gradients so that their norm together is at most `max_norm`. Formula, options and policies are those
@@ -108,8 +109,10 @@ impl Clipper {
         clip.validate()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather_mut(grads, &self.stream)?;
-        let pending = self.norm_stages(&clip, true)?;
-        self.list.release_mut(grads, &self.stream)?;
+        let pending = self.norm_stages(&clip, true);
+        let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
+        let pending = pending?;
+        released?;
         if clip.nonfinite == NonFinite::Error {
             let report = pending.wait()?;
             if !report.total_norm.is_finite() {
@@ -136,14 +139,9 @@ impl Clipper {
         clip.validate()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather_mut(grads, &self.stream)?;
-        let capturing = self.prepare()?;
-        let slot = self.reports.take(capturing)?;
-        let launcher = self.launcher();
-        let counts = self.workspace.sums();
-        launcher.clamp(&value_bounds::in_each_dtype(&clip), counts)?;
-        launcher.clamp_counts(counts, self.reports.address(slot))?;
-        self.list.release_mut(grads, &self.stream)?;
-        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+        let pending = self.value_stages(&clip);
+        let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
+        pending.and_then(|pending| released.map(|()| pending))
     }
 
     /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 16 KiB for
@@ -179,6 +177,16 @@ impl Clipper {
         if apply {
             launcher.scale(report)?;
         }
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+    }
+
+    fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {
+        let capturing = self.prepare()?;
+        let slot = self.reports.take(capturing)?;
+        let launcher = self.launcher();
+        let counts = self.workspace.sums();
+        launcher.clamp(&value_bounds::in_each_dtype(clip), counts)?;
+        launcher.clamp_counts(counts, self.reports.address(slot))?;
         Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
     }
 

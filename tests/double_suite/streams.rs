@@ -34,3 +34,20 @@ fn one_clipper_for_each_stream_of_a_thread() {
     }
     cuda::release_thread_clippers();
 }
+
+/// A clamp that was launched writes, also if the launch after it fails: another stream has to wait for it.
+#[test]
+fn a_failed_launch_does_not_hide_a_write_from_other_streams() {
+    let Some(double) = double::lock() else { return };
+    let context = cuda::context(0).unwrap();
+    let (own, stream) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let mut grads = [own.clone_htod(&[3.0f32, 4.0]).unwrap()];
+    clipper.clip_grad_value(&mut grads, 10.0).unwrap().wait().unwrap();
+    double.set_deferred(true);
+    double.fail_named("cuLaunchKernel", 1, 2);
+    clipper.clip_grad_value(&mut grads, 1.0).unwrap_err();
+    let seen = own.clone_dtoh(&grads[0]).unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(seen, own.clone_dtoh(&grads[0]).unwrap(), "changed behind cudarc's back");
+}

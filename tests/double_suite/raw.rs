@@ -1,0 +1,1 @@
+//! Gradients behind raw pointers.
