@@ -77,7 +77,8 @@ pub enum Error {
         /// Its type.
         got: String,
     },
-    /// A tensor on another device than the call runs on.
+    /// A tensor on another device than the call runs on, or on the same one through another `CudaContext` object of
+    /// cudarc's, whose event tracking knows nothing of the call.
     #[error("tensor {tensor} is on {got}, expected {expected}")]
     WrongDevice {
         /// Index in the list.
@@ -151,6 +152,10 @@ pub enum Error {
     /// Every report slot is held by a captured graph.
     #[error("all {} report slots are held by captured graphs; use another clipper", crate::REPORTS_KEPT)]
     NoReportSlot,
+    /// A function that keeps a clipper for its thread was called while the thread ends, from the destructor of a
+    /// thread-local value: what the thread kept may be gone already.
+    #[error("the thread is ending, and keeps no clippers any more; call this earlier, or use a Clipper of your own")]
+    ThreadEnding,
     /// Any other error of the CUDA driver. If it happened in a launch, earlier stages of the same call may have run.
     #[error("{op}: CUDA error {code}")]
     Driver {

@@ -53,12 +53,20 @@ impl WrongContext {
     }
 }
 
+/// The same context object, not merely the same context: each object counts its own streams to decide whether to track
+/// events, so with two of them cudarc would miss waits and records.
 fn check_context(own: &CudaContext, stream: &CudaStream) -> std::result::Result<(), WrongContext> {
-    if own.cu_ctx() == stream.context().cu_ctx() {
+    let other = stream.context();
+    if std::ptr::eq(own, &**other) {
         return Ok(());
     }
-    let same_device = own.ordinal() == stream.context().ordinal();
-    let which = if same_device { " in another context" } else { "" };
+    let which = if own.cu_ctx() == other.cu_ctx() {
+        ", the same GPU through another CudaContext object; clone one Arc<CudaContext> instead of making two"
+    } else if own.ordinal() == other.ordinal() {
+        " in another context"
+    } else {
+        ""
+    };
     Err(WrongContext::new(format!("cuda:{}{which}", own.ordinal())))
 }
 

@@ -163,6 +163,16 @@ impl Clipper {
         &self.stream
     }
 
+    /// The same stream as another object of cudarc's, maybe of another object for the same context: from here on that one
+    /// decides which events are waited for and recorded. What is held already goes on holding the first one.
+    pub(super) fn go_on_with(&mut self, stream: &Arc<CudaStream>) -> Result<()> {
+        if !Arc::ptr_eq(&self.stream, stream) {
+            let _current = CurrentContext::save()?; // the last owner of a context object makes it current
+            self.stream = stream.clone();
+        }
+        Ok(())
+    }
+
     fn norm_stages(&mut self, clip: &ClipNorm, apply: bool) -> Result<Pending<NormReport>> {
         let capturing = self.prepare()?;
         if capturing && clip.nonfinite == NonFinite::Error {
