@@ -164,7 +164,10 @@ impl DeviceGradMut for RawGrad {
 #[derive(Debug, Default)]
 pub(crate) struct DeviceList {
     tensors: Vec<TensorRef>,
+    /// Which of them are raw pointers.
     raw: Vec<usize>,
+    /// `raw` of the list that was looked up last, and made into a plan.
+    known: Vec<usize>,
 }
 
 impl DeviceList {
@@ -217,8 +220,20 @@ impl DeviceList {
         Ok(())
     }
 
+    /// Whether the raw pointers are where they were in the last list that was looked up. The same address may have been
+    /// that of a slice, which is not looked up, and may be gone.
+    pub(crate) fn has_known_raw_pointers(&self) -> bool {
+        self.raw == self.known
+    }
+
+    /// From here on the raw pointers of this list are known.
+    pub(crate) fn remember_raw_pointers(&mut self) {
+        self.known.clone_from(&self.raw);
+    }
+
     /// Asks the driver about every raw pointer of the list.
-    pub(crate) fn check_raw_pointers(&self, stream: &CudaStream) -> Result<()> {
+    pub(crate) fn check_raw_pointers(&mut self, stream: &CudaStream) -> Result<()> {
+        self.known.clear();
         for &index in &self.raw {
             check_raw_pointer(index, &self.tensors[index], stream.context().ordinal())?;
         }

@@ -2,10 +2,12 @@
 
 use crate::support::double;
 use cudarc::driver::{CudaSlice, CudaStream};
-use gradclip::cuda;
-use gradclip::{ClipNorm, ClipValue, Error, NormType};
+use gradclip::cuda::{self, Clipper, Pending};
+use gradclip::{ClipNorm, ClipValue, Error, NormReport, NormType, REPORTS_KEPT};
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::sync::{mpsc, Arc};
+use std::time::{Duration, Instant};
 
 const NONE: &[CudaSlice<f32>] = &[];
 
@@ -80,4 +82,90 @@ fn from_a_destructor_of_a_thread_local() {
     .join()
     .unwrap();
     assert_eq!(receiver.recv(), Ok(Some(Error::ThreadEnding)));
+}
+
+/// The per-thread default stream is another stream in each thread: a clipper for it, and its reports, are refused in
+/// another thread, where they would wait for the wrong one.
+#[test]
+fn a_clipper_of_a_per_thread_stream_used_in_another_thread() {
+    let Some(double) = double::lock() else { return };
+    let context = cuda::context(0).unwrap();
+    let stream = context.per_thread_stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let mut grads = [stream.clone_htod(&[3.0f32, 4.0]).unwrap()];
+    clipper.clip_grad_norm(&mut grads, 100.0).unwrap().wait().unwrap();
+    double.set_deferred(true);
+    let first = clipper.clip_grad_norm(&mut grads, 2.5).unwrap();
+    let launches = double.counters().launches;
+    std::thread::scope(|scope| {
+        let (clipper, grads, first) = (&mut clipper, &mut grads, &first);
+        scope.spawn(move || {
+            let wrong_thread = Some(Error::WrongThread);
+            assert_eq!(first.wait().err(), wrong_thread);
+            assert_eq!(clipper.clip_grad_norm(grads, 1.0).err(), wrong_thread);
+            assert_eq!(clipper.clip_grad_value(grads, 1.0).err(), wrong_thread);
+            assert_eq!(clipper.total_norm(grads, NormType::L2).err(), wrong_thread);
+        });
+    });
+    assert_eq!(double.counters().launches, launches);
+    assert_eq!(first.wait().unwrap().total_norm, 5.0);
+    assert_eq!(clipper.clip_grad_norm(&mut grads, 1.0).unwrap().wait().unwrap().total_norm, 2.5);
+}
+
+/// Dropped in another thread, it frees nothing under the work of its own.
+#[test]
+fn a_clipper_of_a_per_thread_stream_dropped_in_another_thread() {
+    let Some(double) = double::lock() else { return };
+    for memory_pools in [true, false] {
+        double.reset();
+        double.set_memory_pools(memory_pools);
+        let context = cuda::context(0).unwrap();
+        let stream = context.per_thread_stream();
+        let mut clipper = Clipper::new(&stream).unwrap();
+        let mut grads = [stream.clone_htod(&vec![1.0f32; 20_000]).unwrap()];
+        double.set_deferred(true);
+        let report = clipper.clip_grad_norm(&mut grads, 1.0).unwrap();
+        std::thread::spawn(move || drop((clipper, report))).join().unwrap();
+        stream.synchronize().unwrap();
+        let norm = cuda::total_norm(&stream, &grads, NormType::L2).unwrap().wait().unwrap().total_norm;
+        cuda::release_thread_clippers();
+        assert!((norm - 1.0).abs() < 1e-6, "{norm}");
+        drop(grads);
+        stream.synchronize().unwrap();
+        assert_eq!((double.violated_guards(), double.counters().faults, double.live_allocations()), (0, 0, 0));
+    }
+}
+
+/// A report read while a later call takes its slot: expired, or right, but not that of the later call. A race, so it may
+/// take some seconds to show.
+#[test]
+fn a_slot_taken_again_while_it_is_read() {
+    let Some(_double) = double::lock() else { return };
+    let stream = cuda::context(0).unwrap().new_stream().unwrap();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let slices: Vec<CudaSlice<f32>> = (0..7).map(|value| stream.clone_htod(&[value as f32]).unwrap()).collect();
+    let (sender, receiver) = mpsc::sync_channel::<(f64, Pending<NormReport>)>(REPORTS_KEPT - 2);
+    let reader = std::thread::spawn(move || {
+        let mut backlog = VecDeque::new();
+        for item in receiver {
+            backlog.push_back(item);
+            if backlog.len() < REPORTS_KEPT {
+                continue;
+            }
+            let Some((expected, pending)) = backlog.pop_front() else { continue };
+            match pending.wait() {
+                Ok(report) => assert_eq!(report.total_norm, expected, "the report of a later call"),
+                Err(error) => assert_eq!(error, Error::ReportExpired),
+            }
+        }
+    });
+    let end = Instant::now() + Duration::from_millis(2500);
+    for call in (0..7).cycle().take_while(|_| Instant::now() < end) {
+        let pending = clipper.total_norm(&slices[call..=call], NormType::L2).unwrap();
+        if sender.send((call as f64, pending)).is_err() {
+            break; // the reader says why
+        }
+    }
+    drop(sender);
+    reader.join().unwrap();
 }
