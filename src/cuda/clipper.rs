@@ -113,8 +113,8 @@ impl Clipper {
     ///
     /// # Errors
     /// A bad threshold or list, [`Error::WrongThread`]: nothing is touched. [`Error::CaptureNeedsWarmup`] and
-    /// [`Error::NoReportSlot`] during capture. [`Error::Driver`] if a launch was refused: nothing is touched then either, since the last of the three launches is the only one that
-    /// writes.
+    /// [`Error::NoReportSlot`] during capture. [`Error::Driver`] if a launch was refused: nothing is touched
+    /// then either, since the last of the three launches is the only one that writes.
     pub fn clip_grad_norm<G: DeviceGradMut>(
         &mut self,
         grads: &mut [G],
@@ -145,7 +145,8 @@ impl Clipper {
     ///
     /// # Errors
     /// A bad value or list, [`Error::WrongThread`]: nothing is touched. [`Error::CaptureNeedsWarmup`] and
-    /// [`Error::NoReportSlot`] during capture. [`Error::Driver`] if a launch was refused; if it was the second one, the gradients are clipped but the counts are lost.
+    /// [`Error::NoReportSlot`] during capture. [`Error::Driver`] if a launch was refused; if it was the second
+    /// one, the gradients are clipped but the counts are lost.
     pub fn clip_grad_value<G: DeviceGradMut>(
         &mut self,
         grads: &mut [G],

@@ -85,8 +85,9 @@ impl Modules {
         let candidates = MODULES.iter().find(|(name, _)| *name == stem).map_or(&[][..], |(_, texts)| texts);
         let mut last = Error::DriverTooOld { reason: format!("no PTX of {stem} is embedded") };
         for text in candidates {
-            let image = CString::new(*text).unwrap_or_default(); // PTX is text
-                                                                 // SAFETY: a context is current; the image is PTX that ends with a NUL, and is alive during the call.
+            // PTX is text, so no NUL is in it.
+            let image = CString::new(*text).unwrap_or_default();
+            // SAFETY: a context is current; the image is PTX that ends with a NUL, and is alive during the call.
             match unsafe { result::module::load_data(image.as_ptr().cast()) } {
                 Ok(module) => {
                     self.loaded.push(module);

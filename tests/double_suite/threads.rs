@@ -125,7 +125,12 @@ fn a_clipper_of_a_per_thread_stream_dropped_in_another_thread() {
         let mut grads = [stream.clone_htod(&vec![1.0f32; 20_000]).unwrap()];
         double.set_deferred(true);
         let report = clipper.clip_grad_norm(&mut grads, 1.0).unwrap();
-        std::thread::spawn(move || drop((clipper, report))).join().unwrap();
+        let there = stream.clone();
+        let dropped = std::thread::spawn(move || {
+            drop((clipper, report));
+            there.synchronize().unwrap(); // another stream: not the one with the work
+        });
+        dropped.join().unwrap();
         stream.synchronize().unwrap();
         let norm = cuda::total_norm(&stream, &grads, NormType::L2).unwrap().wait().unwrap().total_norm;
         cuda::release_thread_clippers();
