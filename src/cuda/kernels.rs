@@ -43,8 +43,9 @@ impl Kernels {
         let scale = modules.load("scale")?;
         let clamp = modules.load("clamp")?;
         let function = |module: CUmodule, symbol: &str| {
-            let symbol = CString::new(symbol).unwrap_or_default(); // ours have no NUL in them
-                                                                   // SAFETY: the module was loaded above.
+            // Ours have no NUL in them.
+            let symbol = CString::new(symbol).unwrap_or_default();
+            // SAFETY: the module was loaded above.
             unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
         };
         Ok(Self {

@@ -95,8 +95,8 @@ impl ReportRing {
         self.check_owner(slot)?;
         let _current = CurrentContext::enter(self.stream.context())?;
         if is_capturing(&self.stream)? {
+            // It would end the capture.
             return Err(Error::CaptureNeedsWarmup { what: "the wait for a report" });
-            // it would end the capture
         }
         let mut host = [ReportSlot::zeroed()];
         // SAFETY: the slot lies inside the ring, which is alive; the target lives until the synchronisation below, which
