@@ -77,7 +77,8 @@ pub enum Error {
         /// Its type.
         got: String,
     },
-    /// A tensor on another device than the call runs on.
+    /// A tensor on another device than the call runs on, or on the same one through another `CudaContext` object of
+    /// cudarc's, whose event tracking knows nothing of the call.
     #[error("tensor {tensor} is on {got}, expected {expected}")]
     WrongDevice {
         /// Index in the list.
@@ -137,7 +138,8 @@ pub enum Error {
         /// Size asked for.
         bytes: usize,
     },
-    /// The call would have to allocate or copy during stream capture. Make the same call once before the capture.
+    /// The call would have to allocate, copy or wait during stream capture. Make the same call once before the capture;
+    /// wait after it. The capture goes on.
     #[error(
         "{what} is not ready, and nothing can be prepared during stream capture; make the same call once before it"
     )]
@@ -148,9 +150,24 @@ pub enum Error {
     /// The report was overwritten: [`REPORTS_KEPT`](crate::REPORTS_KEPT) later calls went through the same clipper.
     #[error("the report is gone: only the last {} are kept on the device", crate::REPORTS_KEPT)]
     ReportExpired,
-    /// Every report slot is held by a captured graph.
+    /// The report of a call that was captured into a graph, before the graph has run.
+    #[error("the call was captured into a graph that has not run yet; launch the graph before its report is read")]
+    ReportNotReady,
+    /// Every report slot for captured calls is taken: [`REPORTS_KEPT`](crate::REPORTS_KEPT) calls of the same clipper
+    /// were captured.
     #[error("all {} report slots are held by captured graphs; use another clipper", crate::REPORTS_KEPT)]
     NoReportSlot,
+    /// A clipper for the per-thread default stream, or one of its reports, was used in another thread than the one that
+    /// made the clipper: the same handle means another stream there.
+    #[error(
+        "this clipper was made for the per-thread default stream of another thread; use it and read its reports in that \
+         thread, or make the clipper for a stream that is the same in every thread"
+    )]
+    WrongThread,
+    /// A function that keeps a clipper for its thread was called while the thread ends, from the destructor of a
+    /// thread-local value: what the thread kept may be gone already.
+    #[error("the thread is ending, and keeps no clippers any more; call this earlier, or use a Clipper of your own")]
+    ThreadEnding,
     /// Any other error of the CUDA driver. If it happened in a launch, earlier stages of the same call may have run.
     #[error("{op}: CUDA error {code}")]
     Driver {

@@ -16,7 +16,8 @@ mod backend {
     }
     pub const LARGE: Large = Large { tensors: 3000, bytes: 9 * 32 * 1024 };
 
-    /// Runs `body` with threads and blocks in order, then reversed with all work deferred; nothing may be left behind.
+    /// Runs `body` with threads and blocks in order, then reversed with all work deferred; nothing may be left
+    /// behind.
     pub fn with_clipper(body: impl Fn(&mut Clipper)) {
         let Some(double) = support::double::lock() else { return };
         for adverse in [false, true] {
@@ -29,8 +30,10 @@ mod backend {
                 body(&mut clipper);
             }
             assert_eq!(double.violated_guards(), 0);
-            assert_eq!(double.live_allocations(), 0);
-            assert_eq!(double.live_handles(), 0);
+            if double.counters().graph_instantiations == 0 {
+                // What graphs may use is left to the context: tests/double_suite/graphs.rs says how much.
+                assert_eq!((double.live_allocations(), double.live_handles()), (0, 0));
+            }
             assert_eq!(double.counters().faults, 0);
         }
     }
@@ -41,5 +44,8 @@ mod double {
     pub mod cost;
     pub mod faults;
     pub mod graphs;
+    pub mod lifetimes;
+    pub mod raw;
     pub mod streams;
+    pub mod threads;
 }

@@ -68,12 +68,20 @@ impl WrongContext {
     }
 }
 
+/// The same context object, not merely the same context: each object counts its own streams to decide whether to track
+/// events, so with two of them cudarc would miss waits and records.
 fn check_context(own: &CudaContext, stream: &CudaStream) -> std::result::Result<(), WrongContext> {
-    if own.cu_ctx() == stream.context().cu_ctx() {
+    let other = stream.context();
+    if std::ptr::eq(own, &**other) {
         return Ok(());
     }
-    let same_device = own.ordinal() == stream.context().ordinal();
-    let which = if same_device { " in another context" } else { "" };
+    let which = if own.cu_ctx() == other.cu_ctx() {
+        ", the same GPU through another CudaContext object; clone one Arc<CudaContext> instead of making two"
+    } else if own.ordinal() == other.ordinal() {
+        " in another context"
+    } else {
+        ""
+    };
     Err(WrongContext::new(format!("cuda:{}{which}", own.ordinal())))
 }
 
@@ -171,7 +179,10 @@ impl DeviceGradMut for RawGrad {
 #[derive(Debug, Default)]
 pub(crate) struct DeviceList {
     tensors: Vec<TensorRef>,
+    /// Which of them are raw pointers.
     raw: Vec<usize>,
+    /// `raw` of the list that was looked up last, and made into a plan.
+    known: Vec<usize>,
 }
 
 impl DeviceList {
@@ -224,8 +235,20 @@ impl DeviceList {
         Ok(())
     }
 
+    /// Whether the raw pointers are where they were in the last list that was looked up. The same address may have been
+    /// that of a slice, which is not looked up, and may be gone.
+    pub(crate) fn has_known_raw_pointers(&self) -> bool {
+        self.raw == self.known
+    }
+
+    /// From here on the raw pointers of this list are known.
+    pub(crate) fn remember_raw_pointers(&mut self) {
+        self.known.clone_from(&self.raw);
+    }
+
     /// Asks the driver about every raw pointer of the list.
-    pub(crate) fn check_raw_pointers(&self, stream: &CudaStream) -> Result<()> {
+    pub(crate) fn check_raw_pointers(&mut self, stream: &CudaStream) -> Result<()> {
+        self.known.clear();
         for &index in &self.raw {
             check_raw_pointer(index, &self.tensors[index], stream.context().ordinal())?;
         }

@@ -1,6 +1,6 @@
 //! The verbs on device memory.
 
-use super::driver::{check_driver, driver_error, CurrentContext, KeepsContext};
+use super::driver::{check_driver, driver_error, is_capturing, CurrentContext, HomeThread, KeepsContext};
 use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::reports::{Pending, ReportRing};
@@ -24,7 +24,15 @@ use std::sync::Arc;
 /// Each call enqueues at most three kernels and returns. The host never waits, nothing is allocated once a list of that
 /// size has been seen, and the calling thread's current CUDA context is left as it was. A call can be captured into a
 /// CUDA graph if the same call has been made once before (and, in cudarc's multi-stream mode, with its event tracking
-/// off: a capture must not wait for an event from before it); keep the clipper as long as the graph.
+/// off: a capture must not wait for an event from before it).
+///
+/// A graph may outlive the clipper. What a capture has used is therefore never freed, but left to the context: the
+/// workspace, the reports, and the loaded kernels (`device_bytes`, and their code, some ten KiB). So keep and use again
+/// a clipper that captures, rather than make one for each capture. And do not drop a clipper while some stream of its
+/// context captures: the driver allows neither unloading nor freeing then, and the capture can be lost.
+///
+/// A clipper can be moved to other threads. One for the per-thread default stream works only in the thread that made it
+/// ([`Error::WrongThread`]), but may be dropped in any; that waits for the context.
 ///
 /// ```no_run
 /// use gradclip::cuda::{self, Clipper};
@@ -41,6 +49,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Clipper {
     stream: Arc<CudaStream>,
+    home: HomeThread,
     kernels: KeepsContext<Kernels>,
     workspace: KeepsContext<Workspace>,
     reports: Arc<ReportRing>,
@@ -52,20 +61,25 @@ pub struct Clipper {
 impl Clipper {
     /// Loads the kernels for the device of `stream`; work will be enqueued there.
     ///
-    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 16 KiB of device
+    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 32 KiB of device
     /// memory.
     ///
     /// # Errors
-    /// [`Error::DriverTooOld`], [`Error::GpuTooOld`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::DriverMissing`], [`Error::DriverTooOld`], [`Error::GpuTooOld`], [`Error::OutOfMemory`],
+    /// [`Error::CaptureNeedsWarmup`] while the stream captures, [`Error::Driver`].
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         check_driver()?;
         let context = stream.context();
         let _current = CurrentContext::enter(context)?;
+        if is_capturing(stream)? {
+            return Err(Error::CaptureNeedsWarmup { what: "the clipper" });
+        }
         let multiprocessors = context
             .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(driver_error("cuDeviceGetAttribute"))?;
         Ok(Self {
             stream: stream.clone(),
+            home: HomeThread::of(stream),
             kernels: KeepsContext::new(Kernels::load(context)?),
             workspace: KeepsContext::new(Workspace::new(stream)),
             reports: Arc::new(ReportRing::new(stream)?),
@@ -82,11 +96,13 @@ impl Clipper {
     /// # Errors
     /// As [`clip_grad_norm`](Self::clip_grad_norm).
     pub fn total_norm<G: DeviceGrad>(&mut self, grads: &[G], norm_type: NormType) -> Result<Pending<NormReport>> {
+        self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), false)?;
-        self.list.release(grads, &self.stream)?;
-        Ok(pending)
+        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), false);
+        // After an error too: a stage that was launched before it may still be running.
+        let released = self.list.release(grads, &self.stream);
+        pending.and_then(|pending| released.map(|()| pending))
     }
 
     /// Scales all gradients so that their norm together is at most `max_norm`. Formula, options and policies are those
@@ -96,9 +112,9 @@ impl Clipper {
     /// [`NonFinite::Error`] has to wait for the norm).
     ///
     /// # Errors
-    /// A bad threshold or list: nothing is touched. [`Error::CaptureNeedsWarmup`] during capture. [`Error::Driver`] if a
-    /// launch was refused: nothing is touched then either, since the last of the three launches is the only one that
-    /// writes.
+    /// A bad threshold or list, [`Error::WrongThread`]: nothing is touched. [`Error::CaptureNeedsWarmup`] and
+    /// [`Error::NoReportSlot`] during capture. [`Error::Driver`] if a launch was refused: nothing is touched
+    /// then either, since the last of the three launches is the only one that writes.
     pub fn clip_grad_norm<G: DeviceGradMut>(
         &mut self,
         grads: &mut [G],
@@ -106,10 +122,13 @@ impl Clipper {
     ) -> Result<Pending<NormReport>> {
         let clip = clip.into();
         clip.validate()?;
+        self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather_mut(grads, &self.stream)?;
-        let pending = self.norm_stages(&clip, true)?;
-        self.list.release_mut(grads, &self.stream)?;
+        let pending = self.norm_stages(&clip, true);
+        let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
+        let pending = pending?;
+        released?;
         if clip.nonfinite == NonFinite::Error {
             let report = pending.wait()?;
             if !report.total_norm.is_finite() {
@@ -125,8 +144,9 @@ impl Clipper {
     /// Cost: reads each gradient once, writes only where something changes. Two launches, no wait.
     ///
     /// # Errors
-    /// A bad value or list: nothing is touched. [`Error::CaptureNeedsWarmup`] during capture. [`Error::Driver`] if a
-    /// launch was refused; if it was the second one, the gradients are clipped but the counts are lost.
+    /// A bad value or list, [`Error::WrongThread`]: nothing is touched. [`Error::CaptureNeedsWarmup`] and
+    /// [`Error::NoReportSlot`] during capture. [`Error::Driver`] if a launch was refused; if it was the second
+    /// one, the gradients are clipped but the counts are lost.
     pub fn clip_grad_value<G: DeviceGradMut>(
         &mut self,
         grads: &mut [G],
@@ -134,19 +154,15 @@ impl Clipper {
     ) -> Result<Pending<ValueReport>> {
         let clip = clip.into();
         clip.validate()?;
+        self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather_mut(grads, &self.stream)?;
-        let capturing = self.prepare()?;
-        let slot = self.reports.take(capturing)?;
-        let launcher = self.launcher();
-        let counts = self.workspace.sums();
-        launcher.clamp(&value_bounds::in_each_dtype(&clip), counts)?;
-        launcher.clamp_counts(counts, self.reports.address(slot))?;
-        self.list.release_mut(grads, &self.stream)?;
-        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+        let pending = self.value_stages(&clip);
+        let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
+        pending.and_then(|pending| released.map(|()| pending))
     }
 
-    /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 16 KiB for
+    /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 32 KiB for
     /// reports.
     #[must_use]
     pub fn device_bytes(&self) -> usize {
@@ -165,6 +181,16 @@ impl Clipper {
         &self.stream
     }
 
+    /// The same stream as another object of cudarc's, maybe of another object for the same context: from here on that one
+    /// decides which events are waited for and recorded. What is held already goes on holding the first one.
+    pub(super) fn go_on_with(&mut self, stream: &Arc<CudaStream>) -> Result<()> {
+        if !Arc::ptr_eq(&self.stream, stream) {
+            let _current = CurrentContext::save()?; // the last owner of a context object makes it current
+            self.stream = stream.clone();
+        }
+        Ok(())
+    }
+
     fn norm_stages(&mut self, clip: &ClipNorm, apply: bool) -> Result<Pending<NormReport>> {
         let capturing = self.prepare()?;
         if capturing && clip.nonfinite == NonFinite::Error {
@@ -174,11 +200,25 @@ impl Clipper {
         let report = self.reports.address(slot);
         let (sums, scales) = (self.workspace.sums(), self.workspace.scales(&self.plan));
         let launcher = self.launcher();
-        launcher.norm_partials(clip.norm_type, sums, scales)?;
-        launcher.clip_coef(&clip_params(clip), sums, scales, report)?;
+        launcher
+            .norm_partials(clip.norm_type, sums, scales)
+            .and_then(|()| launcher.clip_coef(&clip_params(clip), sums, scales, report))
+            .inspect_err(|_| self.reports.give_back(slot))?;
         if apply {
-            launcher.scale(report)?;
+            launcher.scale(report)?; // the slot stays taken: a graph may write it by now
         }
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+    }
+
+    fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {
+        let capturing = self.prepare()?;
+        let slot = self.reports.take(capturing)?;
+        let launcher = self.launcher();
+        let counts = self.workspace.sums();
+        launcher
+            .clamp(&value_bounds::in_each_dtype(clip), counts)
+            .and_then(|()| launcher.clamp_counts(counts, self.reports.address(slot)))
+            .inspect_err(|_| self.reports.give_back(slot))?;
         Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
     }
 
@@ -186,19 +226,29 @@ impl Clipper {
     fn prepare(&mut self) -> Result<bool> {
         let status = self.stream.capture_status().map_err(driver_error("cuStreamIsCapturing"))?;
         let capturing = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        if !self.plan.is_for(self.list.tensors()) {
+        let same_list = self.plan.is_for(self.list.tensors());
+        if !(same_list && self.list.has_known_raw_pointers()) {
             self.list.check_raw_pointers(&self.stream)?;
-            match Arc::get_mut(&mut self.plan) {
-                Some(plan) => plan.update(self.list.tensors())?,
-                None => {
-                    let mut plan = Plan::default(); // a report still refers to the old one
-                    plan.update(self.list.tensors())?;
-                    self.plan = Arc::new(plan);
-                }
+            if !same_list {
+                self.take_plan()?;
             }
+            self.list.remember_raw_pointers();
         }
         self.workspace.prepare(&self.plan, capturing)?;
+        if capturing {
+            self.kernels.leave_to_graphs();
+        }
         Ok(capturing)
+    }
+
+    fn take_plan(&mut self) -> Result<()> {
+        if let Some(plan) = Arc::get_mut(&mut self.plan) {
+            return plan.update(self.list.tensors());
+        }
+        let mut plan = Plan::default(); // a report still refers to the old one
+        plan.update(self.list.tensors())?;
+        self.plan = Arc::new(plan);
+        Ok(())
     }
 
     fn launcher(&self) -> Launcher<'_> {

@@ -1,8 +1,10 @@
 //! The border to the CUDA driver: is there one, what do its errors mean, whose context is current.
 
 use crate::error::{Error, Result};
-use cudarc::driver::sys::CUresult;
-use cudarc::driver::{result, CudaContext, DriverError};
+use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus};
+use cudarc::driver::{result, CudaContext, CudaStream, DriverError};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Names the driver goes by. cudarc looks for the same.
@@ -14,7 +16,7 @@ const LIBRARIES_TEXT: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.s
 
 /// Driver functions reached by this crate, through cudarc. cudarc panics at the first use of one that the driver
 /// lacks, so they are looked up here before.
-const FUNCTIONS: [&str; 33] = [
+const FUNCTIONS: [&str; 35] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGet",
@@ -24,6 +26,7 @@ const FUNCTIONS: [&str; 33] = [
     "cuDevicePrimaryCtxRelease_v2",
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
+    "cuCtxSynchronize",
     "cuModuleLoadData",
     "cuModuleGetFunction",
     "cuModuleUnload",
@@ -36,6 +39,7 @@ const FUNCTIONS: [&str; 33] = [
     "cuMemFreeHost",
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
+    "cuMemsetD8Async",
     "cuPointerGetAttribute",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
@@ -127,6 +131,55 @@ pub(crate) fn allocation_error(what: &'static str, bytes: usize) -> impl Fn(Driv
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { what, bytes },
         _ => driver_error(what)(error),
     }
+}
+
+/// Whether `stream` captures, or cannot be used because another one does. Asking does the capture no harm.
+pub(crate) fn is_capturing(stream: &CudaStream) -> Result<bool> {
+    // SAFETY: the stream is alive, held by the reference.
+    match unsafe { result::stream::is_capturing(stream.cu_stream()) } {
+        Ok(status) => Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE),
+        Err(DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)) => Ok(true),
+        Err(error) => Err(driver_error("cuStreamIsCapturing")(error)),
+    }
+}
+
+/// The thread that a stream belongs to, if it belongs to one: the per-thread default stream has one handle, which is
+/// another stream in each thread.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HomeThread(Option<u64>);
+
+/// CU_STREAM_PER_THREAD.
+const PER_THREAD: usize = 2;
+
+impl HomeThread {
+    /// Of a stream that this thread has just been given.
+    pub(crate) fn of(stream: &CudaStream) -> Self {
+        Self((stream.cu_stream() as usize == PER_THREAD).then(thread_number))
+    }
+
+    /// Whether the handle means the same stream in this thread.
+    pub(crate) fn is_here(self) -> bool {
+        self.0.is_none_or(|home| home == thread_number())
+    }
+
+    pub(crate) fn check(self) -> Result<()> {
+        if self.is_here() {
+            Ok(())
+        } else {
+            Err(Error::WrongThread)
+        }
+    }
+}
+
+/// A number that no other thread of the process has or will have. Unlike [`std::thread::current`] it can be asked for
+/// in destructors of thread-local values.
+fn thread_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    thread_local!(static MINE: Cell<u64> = const { Cell::new(0) });
+    if MINE.get() == 0 {
+        MINE.set(NEXT.fetch_add(1, Ordering::Relaxed));
+    }
+    MINE.get()
 }
 
 /// Remembers the calling thread's current context, and makes it current again when dropped.

@@ -5,7 +5,8 @@ use super::kernels::Kernels;
 use crate::abi::{ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS};
 use crate::error::Result;
 use crate::options::NormType;
-use cudarc::driver::{result, CudaFunction, CudaStream};
+use cudarc::driver::sys::CUfunction;
+use cudarc::driver::{result, CudaStream};
 use std::ffi::c_void;
 
 /// Blocks of the in-place stages, for each multiprocessor. They take tiles in turn, so that a launch that finds nothing
@@ -40,7 +41,7 @@ impl Launcher<'_> {
         let mut args = [arg(&sums), arg(&scales), arg(&self.num_tiles), arg(params), arg(&report)];
         // SAFETY: the arguments mirror clip_coef in kernels/clip_coef.cu; the partials were written by the launch before
         // on the same stream, the slot belongs to this call.
-        unsafe { self.one_block("clip_coef", &self.kernels.clip_coef, &mut args) }
+        unsafe { self.one_block("clip_coef", self.kernels.clip_coef, &mut args) }
     }
 
     /// Applies the report to the gradients.
@@ -48,21 +49,21 @@ impl Launcher<'_> {
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(&report)];
         // SAFETY: the arguments mirror scale in kernels/scale.cu; the tensors are borrowed mutably by the caller, and do
         // not overlap.
-        unsafe { self.over_tiles("scale", &self.kernels.scale, self.in_place_blocks(), &mut args) }
+        unsafe { self.over_tiles("scale", self.kernels.scale, self.in_place_blocks(), &mut args) }
     }
 
     /// Clamps the gradients; `counts[tile]` for every tile.
     pub(crate) fn clamp(&self, bounds: &ClampBounds, counts: u64) -> Result<()> {
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(bounds), arg(&counts)];
         // SAFETY: the arguments mirror clamp in kernels/clamp.cu; tensors as for `scale`, counts as for `norm_partials`.
-        unsafe { self.over_tiles("clamp", &self.kernels.clamp, self.in_place_blocks(), &mut args) }
+        unsafe { self.over_tiles("clamp", self.kernels.clamp, self.in_place_blocks(), &mut args) }
     }
 
     /// Counts to report.
     pub(crate) fn clamp_counts(&self, counts: u64, report: u64) -> Result<()> {
         let mut args = [arg(&counts), arg(&self.num_tiles), arg(&report)];
         // SAFETY: the arguments mirror clamp_counts in kernels/clamp.cu; the counts were written by the launch before.
-        unsafe { self.one_block("clamp_counts", &self.kernels.clamp_counts, &mut args) }
+        unsafe { self.one_block("clamp_counts", self.kernels.clamp_counts, &mut args) }
     }
 
     fn in_place_blocks(&self) -> u32 {
@@ -74,7 +75,7 @@ impl Launcher<'_> {
     unsafe fn over_tiles(
         &self,
         op: &'static str,
-        kernel: &CudaFunction,
+        kernel: CUfunction,
         blocks: u32,
         args: &mut [*mut c_void],
     ) -> Result<()> {
@@ -87,7 +88,7 @@ impl Launcher<'_> {
 
     /// # Safety
     /// As [`over_tiles`](Self::over_tiles).
-    unsafe fn one_block(&self, op: &'static str, kernel: &CudaFunction, args: &mut [*mut c_void]) -> Result<()> {
+    unsafe fn one_block(&self, op: &'static str, kernel: CUfunction, args: &mut [*mut c_void]) -> Result<()> {
         // SAFETY: passed on to the caller.
         unsafe { self.launch(op, kernel, 1, FOLD_THREADS as u32, args) }
     }
@@ -97,15 +98,15 @@ impl Launcher<'_> {
     unsafe fn launch(
         &self,
         op: &'static str,
-        kernel: &CudaFunction,
+        kernel: CUfunction,
         blocks: u32,
         threads: u32,
         args: &mut [*mut c_void],
     ) -> Result<()> {
         let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
-        // SAFETY: the function's module is loaded in the stream's context and held by it; the driver copies the
+        // SAFETY: the function's module is loaded in the stream's context and held by `kernels`; the driver copies the
         // arguments before it returns; the rest is the caller's.
-        unsafe { result::launch_kernel(kernel.cu_function(), grid, block, 0, self.stream.cu_stream(), args) }
+        unsafe { result::launch_kernel(kernel, grid, block, 0, self.stream.cu_stream(), args) }
             .map_err(driver_error(op))
     }
 }

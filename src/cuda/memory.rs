@@ -1,6 +1,6 @@
 //! Device and pinned memory that a clipper keeps.
 
-use super::driver::{allocation_error, CurrentContext};
+use super::driver::{allocation_error, driver_error, CurrentContext, HomeThread};
 use crate::error::Result;
 use cudarc::driver::{result, CudaStream};
 use std::ffi::c_void;
@@ -12,6 +12,8 @@ pub(crate) struct DeviceBuffer {
     address: u64,
     bytes: usize,
     stream: Arc<CudaStream>,
+    home: HomeThread,
+    captured: bool,
 }
 
 impl DeviceBuffer {
@@ -25,7 +27,14 @@ impl DeviceBuffer {
             unsafe { result::malloc_sync(bytes) }
         };
         let address = address.map_err(allocation_error(what, bytes))?;
-        Ok(Self { address, bytes, stream: stream.clone() })
+        Ok(Self { address, bytes, stream: stream.clone(), home: HomeThread::of(stream), captured: false })
+    }
+
+    /// Fills the memory with `byte`, in the order of the stream. The context must be current.
+    pub(crate) fn fill(&mut self, byte: u8) -> Result<()> {
+        // SAFETY: the whole allocation, which is ours; the stream is alive, held below.
+        unsafe { result::memset_d8_async(self.address, byte, self.bytes, self.stream.cu_stream()) }
+            .map_err(driver_error("cuMemsetD8Async"))
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -35,23 +44,47 @@ impl DeviceBuffer {
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// Graphs may use the memory from now on. Since nobody says when the last one is gone, it is never freed: the driver
+    /// does that with the context, which each graph keeps alive.
+    pub(crate) fn leave_to_graphs(&mut self) {
+        self.captured = true;
+    }
+
+    pub(crate) fn is_left_to_graphs(&self) -> bool {
+        self.captured
+    }
 }
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
+        if self.captured {
+            return;
+        }
         let Ok(_current) = CurrentContext::enter(self.stream.context()) else { return };
         // An error here has nobody to go to; the driver frees what is left with the context.
-        let _ = if self.stream.context().has_async_alloc() {
+        if self.stream.context().has_async_alloc() && self.home.is_here() {
             // SAFETY: allocated above by malloc_async on this stream, freed once, after all work of ours on it.
-            unsafe { result::free_async(self.address, self.stream.cu_stream()) }
+            let _ = unsafe { result::free_async(self.address, self.stream.cu_stream()) };
+            return;
+        }
+        // cuMemFree need not wait for work that uses the memory. In another thread the handle of a per-thread stream
+        // does not mean ours, so only the context as a whole can be waited for.
+        let idle = if self.home.is_here() {
+            // SAFETY: the stream is alive, held by the buffer.
+            unsafe { result::stream::synchronize(self.stream.cu_stream()) }
         } else {
-            // SAFETY: allocated above by malloc_sync and freed once; cuMemFree waits for work in flight.
-            unsafe { result::free_sync(self.address) }
+            result::ctx::synchronize()
         };
+        if idle.is_ok() {
+            // SAFETY: allocated above, by malloc_async or malloc_sync, and freed once; no work of ours is left.
+            let _ = unsafe { result::free_sync(self.address) };
+        }
     }
 }
 
-/// Page-locked host memory, from which a copy to the device is asynchronous.
+/// Page-locked host memory, from which a copy to the device is asynchronous. Whoever owns it waits for the copies before
+/// it is dropped.
 #[derive(Debug)]
 pub(crate) struct PinnedBuffer {
     pointer: *mut c_void,
@@ -89,7 +122,8 @@ impl PinnedBuffer {
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         let Ok(_current) = CurrentContext::enter(self.stream.context()) else { return };
-        // SAFETY: allocated above by malloc_host and freed once; cuMemFreeHost waits for copies in flight.
+        // SAFETY: allocated above by malloc_host and freed once. No copy from it is in flight: the documentation of
+        // cuMemFreeHost promises no wait, so the owner has waited (`Staging` in workspace.rs).
         let _ = unsafe { result::free_host(self.pointer) };
     }
 }

@@ -1,6 +1,6 @@
 //! Reports that stay on the device until somebody asks.
 
-use super::driver::{driver_error, CurrentContext};
+use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread};
 use super::memory::DeviceBuffer;
 use crate::abi::ReportSlot;
 use crate::error::{Error, Result};
@@ -13,18 +13,26 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-/// The slots of a clipper, used in turn.
+/// The slots of a clipper: [`REPORTS_KEPT`] that calls use in turn, and after them as many that captured calls take one
+/// by one. A slot of the second kind has never been written when it is taken, so a report that no replay has written is
+/// known for what it is.
 #[derive(Debug)]
 pub(crate) struct ReportRing {
     memory: DeviceBuffer,
     stream: Arc<CudaStream>,
+    home: HomeThread,
     /// For each slot, the number of the call that wrote it last; `CAPTURED` if a graph writes it.
     owner: Vec<AtomicU64>,
     next_call: AtomicU64,
 }
 
+const SLOTS: usize = 2 * REPORTS_KEPT;
 const CAPTURED: u64 = u64::MAX;
 const NOBODY: u64 = u64::MAX - 1;
+
+/// What every byte of the ring is at first, and so the `action` of a slot that no kernel has written.
+const UNWRITTEN: u8 = 0xFF;
+const UNWRITTEN_ACTION: u32 = u32::from_ne_bytes([UNWRITTEN; 4]);
 
 /// One slot, taken for one call.
 #[derive(Clone, Copy, Debug)]
@@ -34,11 +42,15 @@ pub(crate) struct Slot {
 }
 
 impl ReportRing {
+    /// The context of `stream` must be current.
     pub(crate) fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+        let mut memory = DeviceBuffer::new(stream, "reports", SLOTS * size_of::<ReportSlot>())?;
+        memory.fill(UNWRITTEN)?;
         Ok(Self {
-            memory: DeviceBuffer::new(stream, "reports", REPORTS_KEPT * size_of::<ReportSlot>())?,
+            memory,
             stream: stream.clone(),
-            owner: (0..REPORTS_KEPT).map(|_| AtomicU64::new(NOBODY)).collect(),
+            home: HomeThread::of(stream),
+            owner: (0..SLOTS).map(|_| AtomicU64::new(NOBODY)).collect(),
             next_call: AtomicU64::new(0),
         })
     }
@@ -47,30 +59,45 @@ impl ReportRing {
         self.memory.bytes()
     }
 
-    /// Takes the next slot that no graph holds. One captured now is held until the clipper goes.
+    /// Takes the next slot, or for a captured call one that no graph has. Only the clipper calls this.
     pub(crate) fn take(&self, capturing: bool) -> Result<Slot> {
-        for _ in 0..REPORTS_KEPT {
+        let (index, owner) = if capturing {
+            let free = |slot: &usize| self.owner[*slot].load(Ordering::Relaxed) == NOBODY;
+            ((REPORTS_KEPT..SLOTS).find(free).ok_or(Error::NoReportSlot)?, CAPTURED)
+        } else {
             let call = self.next_call.fetch_add(1, Ordering::Relaxed);
-            let index = call as usize % REPORTS_KEPT;
-            if self.owner[index].load(Ordering::Relaxed) != CAPTURED {
-                let owner = if capturing { CAPTURED } else { call };
-                self.owner[index].store(owner, Ordering::Relaxed);
-                return Ok(Slot { index, owner });
-            }
-        }
-        Err(Error::NoReportSlot)
+            (call as usize % REPORTS_KEPT, call)
+        };
+        self.owner[index].store(owner, Ordering::Release); // before anything that writes the slot is launched
+        Ok(Slot { index, owner })
+    }
+
+    /// For a call that failed before it launched what writes the slot.
+    pub(crate) fn give_back(&self, slot: Slot) {
+        self.owner[slot.index].store(NOBODY, Ordering::Release);
     }
 
     pub(crate) fn address(&self, slot: Slot) -> u64 {
         self.memory.address() + (slot.index * size_of::<ReportSlot>()) as u64
     }
 
+    fn check_owner(&self, slot: Slot) -> Result<()> {
+        if self.owner[slot.index].load(Ordering::Acquire) == slot.owner {
+            Ok(())
+        } else {
+            Err(Error::ReportExpired)
+        }
+    }
+
     /// Waits for the stream.
     fn read(&self, slot: Slot) -> Result<ReportSlot> {
-        if self.owner[slot.index].load(Ordering::Relaxed) != slot.owner {
-            return Err(Error::ReportExpired);
-        }
+        self.home.check()?;
+        self.check_owner(slot)?;
         let _current = CurrentContext::enter(self.stream.context())?;
+        if is_capturing(&self.stream)? {
+            // It would end the capture.
+            return Err(Error::CaptureNeedsWarmup { what: "the wait for a report" });
+        }
         let mut host = [ReportSlot::zeroed()];
         // SAFETY: the slot lies inside the ring, which is alive; the target lives until the synchronisation below, which
         // happens even if the copy was refused.
@@ -85,14 +112,28 @@ impl ReportRing {
         let waited = unsafe { result::stream::synchronize(self.stream.cu_stream()) };
         copied.map_err(driver_error("copying the report"))?;
         waited.map_err(driver_error("waiting for the report"))?;
+        // A call in another thread may have taken the slot since the first look: then the copy may be its report.
+        self.check_owner(slot)?;
+        if host[0].action == UNWRITTEN_ACTION {
+            return Err(Error::ReportNotReady);
+        }
         Ok(host[0])
+    }
+}
+
+impl Drop for ReportRing {
+    fn drop(&mut self) {
+        if self.owner.iter().any(|owner| owner.load(Ordering::Relaxed) == CAPTURED) {
+            self.memory.leave_to_graphs();
+        }
     }
 }
 
 /// The result of a call that may still be running. Dropping it costs nothing; the work goes on.
 ///
-/// The last [`REPORTS_KEPT`] reports of a clipper can be read, in any order, from any thread. A report of a call that
-/// was captured into a graph belongs to that graph: reading it gives the latest replay that has run on this stream.
+/// The last [`REPORTS_KEPT`] reports of a clipper can be read, in any order, from any thread (but see
+/// [`Error::WrongThread`]). A report of a call that was captured into a graph is not one of them and does not expire:
+/// reading it gives the latest replay that has run on this stream.
 #[derive(Clone, Debug)]
 pub struct Pending<R> {
     ring: Arc<ReportRing>,
@@ -112,7 +153,9 @@ impl<R: Report> Pending<R> {
     /// Cost: one copy of 64 bytes, one synchronisation of the stream.
     ///
     /// # Errors
-    /// [`Error::ReportExpired`] after [`REPORTS_KEPT`] later calls; [`Error::Driver`] if the work on the stream failed.
+    /// [`Error::ReportExpired`] after [`REPORTS_KEPT`] later calls; [`Error::ReportNotReady`] for a captured call that no
+    /// replay has run; [`Error::CaptureNeedsWarmup`] while the stream captures, which goes on; [`Error::WrongThread`] for
+    /// the per-thread default stream of another thread; [`Error::Driver`] if the work on the stream failed.
     ///
     /// [`NonFinite::Error`]: crate::NonFinite::Error
     pub fn wait(&self) -> Result<R> {
@@ -123,7 +166,7 @@ impl<R: Report> Pending<R> {
 
 impl Pending<NormReport> {
     /// Device address of `total_norm`, an f64, for kernels later on the same stream. Valid until [`REPORTS_KEPT`] later
-    /// calls, or for the life of the clipper if the call was captured.
+    /// calls of a living clipper; if the call was captured, as long as the context.
     #[must_use]
     pub fn total_norm_address(&self) -> u64 {
         self.ring.address(self.slot) + std::mem::offset_of!(ReportSlot, total_norm) as u64

@@ -1,41 +1,70 @@
-//! The verbs without a clipper in sight: each thread keeps one for each stream it has used.
+//! The verbs without a clipper in sight: each thread keeps one for each stream it has used lately.
 
 use super::clipper::Clipper;
+use super::driver::{check_driver, CurrentContext};
 use super::reports::Pending;
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
 use cudarc::driver::CudaStream;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
+/// Streams that a thread keeps clippers for. A thread that uses more loses the clipper used longest ago, and makes it
+/// again when its stream comes back. So a program that makes streams or contexts again and again holds on to this many.
+const KEPT: usize = 64;
+
 thread_local! {
-    // By thread too: the per-thread default stream has the same handle in every thread, and is another stream in each.
+    /// Used last comes first. By thread too: the per-thread default stream has the same handle in every thread, and is
+    /// another stream in each.
     static CLIPPERS: RefCell<Vec<Clipper>> = const { RefCell::new(Vec::new()) };
+    /// Whether this thread has called the driver from here.
+    static DRIVER_CALLED: Cell<bool> = const { Cell::new(false) };
 }
 
+/// What a thread keeps is dropped in the opposite order of its first use. The clippers call the driver when they are
+/// dropped, so what the driver keeps for the thread has to be there before them.
+fn call_driver_first() -> Result<()> {
+    if !DRIVER_CALLED.get() {
+        check_driver()?;
+        drop(CurrentContext::save()?);
+        DRIVER_CALLED.set(true);
+    }
+    Ok(())
+}
+
+/// `run` must not come back here: the list is borrowed meanwhile. So callers convert their arguments before.
 fn with_clipper<R>(stream: &Arc<CudaStream>, run: impl FnOnce(&mut Clipper) -> Result<R>) -> Result<R> {
-    CLIPPERS.with_borrow_mut(|clippers| {
+    call_driver_first()?;
+    let in_list = |clippers: &RefCell<Vec<Clipper>>| {
+        let mut clippers = clippers.borrow_mut();
+        // By stream, not by object: cudarc makes another object for the same default stream at each request, adapters
+        // for a stream that they borrow, and each `CudaContext::new` another one for the same context. The clipper of
+        // the stream serves them all, and goes on with the caller's object: that one knows what cudarc tracks.
         let same = |clipper: &Clipper| {
             let own = clipper.stream();
             own.cu_stream() == stream.cu_stream() && own.context() == stream.context()
         };
-        let index = match clippers.iter().position(same) {
-            Some(index) => index,
+        match clippers.iter().position(same) {
+            Some(index) => clippers[..=index].rotate_right(1),
             None => {
-                clippers.push(Clipper::new(stream)?);
-                clippers.len() - 1
+                let clipper = Clipper::new(stream)?;
+                let _current = CurrentContext::save()?;
+                clippers.truncate(KEPT - 1);
+                clippers.insert(0, clipper);
             }
-        };
-        run(&mut clippers[index])
-    })
+        }
+        clippers[0].go_on_with(stream)?;
+        run(&mut clippers[0])
+    };
+    CLIPPERS.try_with(in_list).unwrap_or(Err(Error::ThreadEnding))
 }
 
 /// [`Clipper::total_norm`] with this thread's clipper for `stream`, made on first use.
 ///
 /// # Errors
-/// Those of [`Clipper::new`] and [`Clipper::total_norm`].
+/// Those of [`Clipper::new`] and [`Clipper::total_norm`]; [`Error::ThreadEnding`].
 pub fn total_norm<G: DeviceGrad>(
     stream: &Arc<CudaStream>,
     grads: &[G],
@@ -47,29 +76,34 @@ pub fn total_norm<G: DeviceGrad>(
 /// [`Clipper::clip_grad_norm`] with this thread's clipper for `stream`, made on first use.
 ///
 /// # Errors
-/// Those of [`Clipper::new`] and [`Clipper::clip_grad_norm`].
+/// Those of [`Clipper::new`] and [`Clipper::clip_grad_norm`]; [`Error::ThreadEnding`].
 pub fn clip_grad_norm<G: DeviceGradMut>(
     stream: &Arc<CudaStream>,
     grads: &mut [G],
     clip: impl Into<ClipNorm>,
 ) -> Result<Pending<NormReport>> {
+    let clip = clip.into();
     with_clipper(stream, |clipper| clipper.clip_grad_norm(grads, clip))
 }
 
 /// [`Clipper::clip_grad_value`] with this thread's clipper for `stream`, made on first use.
 ///
 /// # Errors
-/// Those of [`Clipper::new`] and [`Clipper::clip_grad_value`].
+/// Those of [`Clipper::new`] and [`Clipper::clip_grad_value`]; [`Error::ThreadEnding`].
 pub fn clip_grad_value<G: DeviceGradMut>(
     stream: &Arc<CudaStream>,
     grads: &mut [G],
     clip: impl Into<ClipValue>,
 ) -> Result<Pending<ValueReport>> {
+    let clip = clip.into();
     with_clipper(stream, |clipper| clipper.clip_grad_value(grads, clip))
 }
 
 /// Frees the clippers that the functions above have made in this thread, with their device memory and their hold on the
-/// streams. Reports that were not read yet can still be.
+/// streams. Reports that were not read yet can still be. A thread that ends does the same.
+///
+/// Without it a thread keeps the clippers of the 64 streams that it has used last.
 pub fn release_thread_clippers() {
-    CLIPPERS.with_borrow_mut(Vec::clear);
+    // Where the list is gone already, so are the clippers.
+    let _ = CLIPPERS.try_with(|clippers| clippers.borrow_mut().clear());
 }

@@ -3,7 +3,7 @@
 //!
 //! Sizes: 8 bytes a tile, 4 more once a list holds f64; 24 bytes a tensor for lists of more than [`INLINE_TENSORS`], on
 //! the device and in each pinned staging buffer. A captured graph goes on using what it was captured with, so such
-//! buffers are never written from the host again, nor freed before the workspace is.
+//! buffers are never written from the host again, and never freed.
 
 use super::driver::driver_error;
 use super::memory::{DeviceBuffer, PinnedBuffer};
@@ -23,16 +23,15 @@ pub(crate) struct Workspace {
     /// What `descs` holds.
     uploaded: Vec<TensorDesc>,
     staging: Vec<Staging>,
-    /// Held for captured graphs only.
+    /// Used by captured graphs only. Here to be counted.
     retired: Vec<DeviceBuffer>,
     table: Box<TensorTable>,
 }
 
-/// A device buffer that may have been captured.
+/// Device memory that grows.
 #[derive(Debug, Default)]
 struct Buffer {
     memory: Option<DeviceBuffer>,
-    captured: bool,
 }
 
 /// A pinned copy of a table on its way to the device.
@@ -76,7 +75,9 @@ impl Workspace {
             if self.uploaded != descs {
                 self.upload(descs, capturing)?;
             }
-            self.descs.captured |= capturing;
+            if capturing {
+                self.descs.leave_to_graphs();
+            }
             self.table.in_memory = self.descs.address();
         }
         Ok(())
@@ -121,7 +122,7 @@ impl Workspace {
         }
         let source: &[u8] = bytemuck::cast_slice(descs);
         self.uploaded.clear(); // until the copy is on its way
-        if self.descs.captured {
+        if self.descs.is_left_to_graphs() {
             self.descs.retire(&mut self.retired);
         }
         self.descs.reserve(&self.stream, "descriptor table", source.len(), false, &mut self.retired)?;
@@ -130,7 +131,11 @@ impl Workspace {
         // SAFETY: the source is pinned and stays untouched until `copied` has passed; the target was reserved for it.
         unsafe { result::memcpy_htod_async(self.descs.address(), source, self.stream.cu_stream()) }
             .map_err(driver_error("copying the descriptor table"))?;
-        staging.copied.record(&self.stream).map_err(driver_error("cuEventRecord"))?;
+        if let Err(error) = staging.copied.record(&self.stream) {
+            // Without the event nobody would know when the copy has left the staging buffer.
+            let _ = self.stream.synchronize();
+            return Err(driver_error("cuEventRecord")(error));
+        }
         self.uploaded.extend_from_slice(descs);
         Ok(())
     }
@@ -155,7 +160,7 @@ fn free_staging<'a>(all: &'a mut Vec<Staging>, stream: &Arc<CudaStream>, bytes: 
 impl Drop for Staging {
     fn drop(&mut self) {
         if !self.copied.is_complete() {
-            // The driver may not wait for a copy before it frees the memory that it reads.
+            // Freeing pinned memory is not documented to wait for the copies that read it.
             let _ = self.copied.synchronize();
         }
     }
@@ -182,15 +187,24 @@ impl Buffer {
             self.retire(retired);
             self.memory = Some(grown);
         }
-        self.captured |= capturing;
+        if capturing {
+            self.leave_to_graphs();
+        }
         Ok(())
+    }
+
+    fn leave_to_graphs(&mut self) {
+        if let Some(memory) = &mut self.memory {
+            memory.leave_to_graphs();
+        }
+    }
+
+    fn is_left_to_graphs(&self) -> bool {
+        self.memory.as_ref().is_some_and(DeviceBuffer::is_left_to_graphs)
     }
 
     /// Lets go of the memory: to the driver, or to the graphs that were captured with it.
     fn retire(&mut self, retired: &mut Vec<DeviceBuffer>) {
-        let memory = self.memory.take();
-        if std::mem::take(&mut self.captured) {
-            retired.extend(memory);
-        }
+        retired.extend(self.memory.take().filter(DeviceBuffer::is_left_to_graphs));
     }
 }

@@ -223,3 +223,28 @@ fn without_memory_pools() {
     }
     assert_eq!((double.live_allocations(), double.violated_guards()), (0, 0));
 }
+
+#[test]
+fn a_clipper_after_every_kind_of_error_goes_on() {
+    let Some(double) = double::lock() else { return };
+    let (context, stream) = stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let list: Vec<Tensor> = (0..200).map(|i| tensor([Dtype::F32, Dtype::F64][i % 2], &[1.0, -1.0])).collect();
+    let mut device = OnDevice::upload(&stream, &list);
+    let there = cuda::context(1).unwrap().default_stream().clone_htod(&[1f32]).unwrap();
+    for round in 0..26 {
+        // SAFETY: refused before any work.
+        let bad = unsafe { RawGrad::new(2, 1, Dtype::F32) };
+        clipper.clip_grad_norm(&mut [bad], 1.0).unwrap_err();
+        clipper.total_norm(&[&there], NormType::L2).unwrap_err();
+        let mut small = [stream.clone_htod(&[3.0f32]).unwrap()];
+        clipper.clip_grad_norm(&mut small, f64::NAN).unwrap_err();
+        double.fail(round % 13, OUT_OF_MEMORY);
+        let _ = call(&mut clipper, &list, &mut device, Verb::Norm);
+        settle(&double, &context);
+        let mut fresh = OnDevice::upload(&stream, &list);
+        assert_eq!(call(&mut clipper, &list, &mut fresh, Verb::Norm).unwrap(), 20.0, "round {round}");
+        let norm = call(&mut clipper, &list, &mut device, Verb::Measure).unwrap();
+        assert!(norm == 20.0 || (norm - 1.0).abs() < 1e-6, "round {round}: {norm}");
+    }
+}

@@ -175,6 +175,36 @@ fn values_out_of_range() {
     });
 }
 
+/// Norms and thresholds at both ends of f64, with every policy: the same report or error, and the same bits.
+#[test]
+fn extremes_agree_with_the_cpu() {
+    let lists = [
+        vec![tensor(Dtype::F64, &[1e300])],
+        vec![tensor(Dtype::F64, &[f64::MAX, f64::MAX])],
+        vec![tensor(Dtype::F64, &[5e-324]), tensor(Dtype::F16, &[6e-8])],
+        vec![tensor(Dtype::F64, &[1e250]), tensor(Dtype::F64, &[1e-250]), tensor(Dtype::BF16, &[1e-40])],
+        vec![tensor(Dtype::F32, &[1e-45; 5])],
+    ];
+    let thresholds = [0.0, -0.0, 5e-324, 1e-300, 1e-20, f64::MIN_POSITIVE, 1.0, f64::MAX, f64::INFINITY];
+    let policies = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate, NonFinite::Error];
+    with_clipper(|clipper| {
+        for list in &lists {
+            for max_norm in thresholds {
+                for eps in [0.0, -0.0, 5e-324, 1e-6, f64::MAX] {
+                    for policy in policies {
+                        let clip = ClipNorm::new(max_norm).eps(eps).nonfinite(policy);
+                        let (mut on_cpu, mut on_device) = (list.clone(), list.clone());
+                        let expected = cpu::clip_grad_norm(&mut on_cpu, clip);
+                        let got = device::clip_grad_norm(clipper, &mut on_device, clip);
+                        assert_eq!(format!("{got:?}"), format!("{expected:?}"), "{clip:?}"); // NaN, too
+                        assert_eq!(bits(&on_device), bits(&on_cpu), "{clip:?}");
+                    }
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn specials_at_every_place_and_by_every_policy() {
     with_clipper(|clipper| {

@@ -24,14 +24,15 @@ struct CurrentContexts {
   uint64_t generation = 0;
   std::vector<Context*> stack;
 };
-thread_local CurrentContexts current_contexts;
 
 std::vector<Context*>& context_stack() {
-  if (current_contexts.generation != driver().generation) {
-    current_contexts.stack.clear();
-    current_contexts.generation = driver().generation;
+  // Never destroyed: destructors of what else the thread keeps may still call.
+  thread_local CurrentContexts* const mine = new CurrentContexts;
+  if (mine->generation != driver().generation) {
+    mine->stack.clear();
+    mine->generation = driver().generation;
   }
-  return current_contexts.stack;
+  return mine->stack;
 }
 
 bool is_device(CUdevice device) { return device >= 0 && device < driver().settings.devices; }
