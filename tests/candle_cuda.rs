@@ -1,151 +1,37 @@
-//! The candle adapter on CUDA tensors: on the driver double (`scripts/candle_cuda.py test`), in whose memory candle's
-//! tensors then lie, or on a GPU.
+//! The candle adapter on CUDA tensors in the memory of the driver double: `scripts/candle_cuda.py test`.
 #![cfg(feature = "candle-cuda")]
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+mod candle_suite;
 mod support;
 
-use candle_core::backprop::GradStore;
+mod backend {
+    use crate::support::double;
+    use candle_core::Device;
+
+    /// Runs `body` with candle's device on the double; nothing may be written where it should not.
+    pub fn with_device(body: impl FnOnce(&Device)) {
+        let Some(double) = double::lock() else { return };
+        {
+            body(&Device::new_cuda(0).unwrap());
+            gradclip::cuda::release_thread_clippers();
+        }
+        assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
+    }
+}
+
 use candle_core::{DType, Device, Tensor, Var};
+use candle_suite::{store, tensor, var};
 use gradclip::candle::{clip_grad_norm, clip_grad_value, total_norm};
-use gradclip::{ClipNorm, Error, NonFinite, NormType};
-use support::double::{self, Double};
-
-/// Runs `body` with a CUDA device, and with the double where there is no GPU.
-fn with_device(body: impl FnOnce(&Device, &Double)) {
-    let Some(double) = double::lock() else { return };
-    {
-        let device = Device::new_cuda(0).unwrap();
-        body(&device, &double);
-        gradclip::cuda::release_thread_clippers();
-    }
-    assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
-}
-
-fn var() -> Var {
-    Var::new(&[0.0f32], &Device::Cpu).unwrap()
-}
-
-/// A store in which each variable's gradient is the given tensor.
-fn store(vars: &[Var], grads: &[Tensor]) -> GradStore {
-    let mut store = var().sum_all().unwrap().backward().unwrap();
-    for (var, grad) in vars.iter().zip(grads) {
-        store.insert(var, grad.clone());
-    }
-    store
-}
-
-/// On the host first: the double runs our kernels and none of candle's, which convert.
-fn tensor(values: &[f32], dtype: DType, device: &Device) -> Tensor {
-    Tensor::new(values, &Device::Cpu).unwrap().to_dtype(dtype).unwrap().to_device(device).unwrap()
-}
-
-fn values(store: &GradStore, var: &Var) -> Vec<f64> {
-    let grad = store.get(var).unwrap().to_device(&Device::Cpu).unwrap();
-    grad.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
-}
-
-#[test]
-fn every_dtype_in_one_list() {
-    with_device(|device, _| {
-        let vars = [var(), var(), var(), var(), var()];
-        let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
-        let grads: Vec<Tensor> = dtypes.iter().map(|&dtype| tensor(&[2.0, -2.0], dtype, device)).collect();
-        let mut grads = store(&vars, &grads); // the last variable has none
-        let norm = 32f64.sqrt();
-        let measured = total_norm(&vars, &grads, NormType::Inf).unwrap();
-        let clipped = clip_grad_norm(&vars, &mut grads, norm / 2.0).unwrap();
-        assert!(clipped.pending().is_some());
-        assert_eq!(clipped.wait().unwrap().total_norm, norm);
-        assert_eq!(measured.wait().unwrap().total_norm, 2.0);
-        for var in &vars[..4] {
-            assert_eq!(values(&grads, var), [1.0, -1.0]);
-        }
-        let clamped = clip_grad_value(&vars, &mut grads, 0.5).unwrap().wait().unwrap();
-        assert_eq!((clamped.clipped, clamped.written), (8, true));
-        assert_eq!(values(&grads, &vars[3]), [0.5, -0.5]);
-    });
-}
-
-#[test]
-fn cuda_and_cpu_tensors_give_the_same_bits() {
-    with_device(|device, _| {
-        let noise: Vec<f32> =
-            (0..20_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 * 1e-7 - 0.8).collect();
-        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
-            let vars = [var(), var()];
-            let parts = [&noise[..12_345], &noise[12_345..]];
-            let make = |device: &Device| store(&vars, &parts.map(|part| tensor(part, dtype, device)));
-            let (mut on_cpu, mut on_cuda) = (make(&Device::Cpu), make(device));
-            let cpu = clip_grad_norm(&vars, &mut on_cpu, 1.0).unwrap().wait().unwrap();
-            let cuda = clip_grad_norm(&vars, &mut on_cuda, 1.0).unwrap().wait().unwrap();
-            assert_eq!(cpu, cuda, "{dtype:?}");
-            for var in &vars {
-                assert_eq!(values(&on_cpu, var), values(&on_cuda, var), "{dtype:?}");
-            }
-        }
-    });
-}
-
-#[test]
-fn views_are_clipped_alone_and_shared_gradients_once() {
-    with_device(|device, _| {
-        let vars = [var(), var(), var()];
-        let base = tensor(&[9.0, 3.0, 4.0, 9.0], DType::F32, device);
-        let part = base.narrow(0, 1, 2).unwrap();
-        let mut grads = store(&vars, &[part.clone(), part, tensor(&[12.0], DType::F32, device)]);
-        let report = clip_grad_norm(&vars, &mut grads, 6.5).unwrap().wait().unwrap();
-        assert_eq!(report.total_norm, 13.0);
-        assert_eq!((values(&grads, &vars[1]), values(&grads, &vars[2])), (vec![1.5, 2.0], vec![6.0]));
-        assert_eq!(base.to_device(&Device::Cpu).unwrap().to_vec1::<f32>().unwrap(), [9.0, 1.5, 2.0, 9.0]);
-    });
-}
-
-#[test]
-fn mixed_devices_and_other_dtypes_are_refused() {
-    with_device(|device, _| {
-        let vars = [var(), var(), var()];
-        let on_cuda = tensor(&[30.0, 40.0], DType::F32, device);
-        let on_cpu = tensor(&[1.0], DType::F32, &Device::Cpu);
-        let mut grads = store(&vars[1..], &[on_cuda.clone(), on_cpu.clone()]);
-        let mixed = Error::WrongDevice {
-            tensor: 2,
-            expected: "cuda:0, as the gradients before it".into(),
-            got: "the CPU".into(),
-        };
-        assert_eq!(clip_grad_norm(&vars, &mut grads, 1.0).unwrap_err(), mixed);
-        assert_eq!(clip_grad_value(&vars, &mut grads, 1.0).unwrap_err(), mixed);
-        assert_eq!(total_norm(&vars, &grads, NormType::L2).unwrap_err(), mixed);
-        let integer = Tensor::new(&[7u32], &Device::Cpu).unwrap().to_device(device).unwrap();
-        let mut grads = store(&vars, &[on_cuda.clone(), integer]);
-        let unsupported = Error::UnsupportedDtype { tensor: 1, got: "u32".into() };
-        assert_eq!(clip_grad_norm(&vars, &mut grads, 1.0).unwrap_err(), unsupported);
-        let mut grads = store(&vars, &[on_cuda.clone(), on_cuda.narrow(0, 1, 1).unwrap()]);
-        let overlap = Error::Overlap { first: 0, second: 1 };
-        assert_eq!(clip_grad_norm(&vars, &mut grads, 1.0).unwrap_err(), overlap);
-        assert_eq!(on_cuda.to_device(&Device::Cpu).unwrap().to_vec1::<f32>().unwrap(), [30.0, 40.0]);
-    });
-}
-
-#[test]
-fn reports_name_the_variable() {
-    with_device(|device, _| {
-        let vars = [var(), var(), var()];
-        let bad = tensor(&[1.0, f32::NAN], DType::F32, device);
-        let mut grads = store(&[vars[0].clone(), vars[2].clone()], &[tensor(&[3.0], DType::F32, device), bad]);
-        let report = clip_grad_norm(&vars, &mut grads, 1.0).unwrap().wait().unwrap();
-        assert_eq!((report.first_nonfinite, report.written), (Some(2), false));
-        let error = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
-        let error = clip_grad_norm(&vars, &mut grads, error).unwrap_err();
-        assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
-        assert_eq!(values(&grads, &vars[0]), [3.0]);
-    });
-}
+use gradclip::{Error, NormType};
+use support::double;
 
 /// After the first step: three launches and nothing else, for any number of variables, by what the driver saw.
 #[test]
 fn a_step_costs_what_the_documentation_says() {
-    with_device(|device, double| {
+    let Some(double) = double::lock() else { return };
+    {
+        let device = &Device::new_cuda(0).unwrap();
         for count in [1, 148, 500] {
             let vars: Vec<Var> = (0..count).map(|_| var()).collect();
             let grads: Vec<Tensor> = (0..count).map(|_| tensor(&[3.0, 4.0], DType::F32, device)).collect();
@@ -161,7 +47,8 @@ fn a_step_costs_what_the_documentation_says() {
             assert_eq!((double.counters().launches, double.counters().syncs), (3 + 2 + 2, 0), "{count}");
             assert!(clipped.wait().unwrap().written);
         }
-    });
+        gradclip::cuda::release_thread_clippers();
+    }
 }
 
 /// The program is linked against the CUDA libraries and starts all the same; what is missing is an error.
