@@ -35,9 +35,10 @@ extern "C" __global__ void plain_read_16(const Pack* from, u64 packs, unsigned* 
   read_packs<16>(from, packs, out);
 }
 
-// Reads and writes everything in place. `mask` is 0, which only the caller knows.
+// Reads and writes everything in place. `zero` is 0, which only the caller knows.
 template <int kInFlight>
-__device__ __forceinline__ void update_packs(Pack* packs_at, u64 packs, unsigned mask) {
+__device__ __forceinline__ void update_packs(Pack* packs_at, u64 packs, u64 zero) {
+  const unsigned mask = static_cast<unsigned>(zero);
   const u64 stride = static_cast<u64>(gridDim.x) * blockDim.x;
   u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (; i + (kInFlight - 1) * stride < packs; i += kInFlight * stride) {
@@ -55,9 +56,9 @@ __device__ __forceinline__ void update_packs(Pack* packs_at, u64 packs, unsigned
   }
 }
 
-extern "C" __global__ void plain_update_4(Pack* packs_at, u64 packs, unsigned mask) {
-  update_packs<4>(packs_at, packs, mask);
+extern "C" __global__ void plain_update_4(Pack* packs_at, u64 packs, u64 zero) {
+  update_packs<4>(packs_at, packs, zero);
 }
-extern "C" __global__ void plain_update_8(Pack* packs_at, u64 packs, unsigned mask) {
-  update_packs<8>(packs_at, packs, mask);
+extern "C" __global__ void plain_update_8(Pack* packs_at, u64 packs, u64 zero) {
+  update_packs<8>(packs_at, packs, zero);
 }
