@@ -11,6 +11,7 @@ mod measure;
 
 use anyhow::{ensure, Context, Result};
 use clap::Parser;
+use measure::cases::Op;
 use measure::lists::{entries, Entry};
 use measure::{record, shapes, Bench, Options};
 use std::io::{BufRead, Write};
@@ -57,6 +58,7 @@ fn main() -> Result<()> {
             "header": record::HEADER,
             "align": measure::lists::ALIGN,
             "sigma": measure::arena::SIGMA,
+            "bounds": Op::ALL.map(|op| (op.name(), op.bound())),
             "lists": entries,
         });
         println!("{lists}");
