@@ -139,9 +139,8 @@ impl Case {
 /// One list on the device, and all that its cases need.
 pub struct Loaded<'a> {
     pub arena: &'a mut Arena,
-    // Before the clipper, whose memory they use.
     graphs: Vec<(Op, CudaGraph)>,
-    clipper: Clipper,
+    clipper: &'a mut Clipper,
     grads: Vec<RawGrad>,
     norm: f64,
     bytes: usize,
@@ -153,18 +152,23 @@ pub struct Loaded<'a> {
 
 impl<'a> Loaded<'a> {
     /// The arena is filled with the list's type.
-    pub fn new(arena: &'a mut Arena, limits: &Limits, entry: &Entry, tries: usize) -> Result<Self> {
+    pub fn new(
+        arena: &'a mut Arena,
+        clipper: &'a mut Clipper,
+        limits: &Limits,
+        entry: &Entry,
+        tries: usize,
+    ) -> Result<Self> {
         let (bytes, (_, span)) = (entry.bytes(), entry.layout());
         let (read, update) = limits.tune(arena, bytes, tries)?;
         let flush = read.clone();
-        let mut clipper = Clipper::new(&arena.stream)?;
         let mut grads = arena.grads(entry);
         let norm = clipper.total_norm(&grads, NormType::L2)?.wait()?.total_norm;
         let mut graphs = Vec::new();
         for op in Op::ALL {
-            enqueue(&mut clipper, &mut grads, op, norm)?; // before it is captured: the workspace has to be there
+            enqueue(clipper, &mut grads, op, norm)?; // before it is captured: the workspace has to be there
             arena.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-            let captured = enqueue(&mut clipper, &mut grads, op, norm);
+            let captured = enqueue(clipper, &mut grads, op, norm);
             let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
             let graph = arena.stream.end_capture(flags)?.context("nothing was captured")?;
             captured?;
@@ -191,7 +195,7 @@ impl<'a> Loaded<'a> {
             Case::Read => self.read.run(self.arena, self.arena.address(), self.bytes),
             Case::Update => self.update.run(self.arena, self.arena.address(), self.bytes),
             Case::Copy => self.arena.restore(self.bytes),
-            Case::Eager(op) => enqueue(&mut self.clipper, &mut self.grads, op, self.norm),
+            Case::Eager(op) => enqueue(self.clipper, &mut self.grads, op, self.norm),
             Case::Graph(op) => {
                 let graph = self.graphs.iter().find(|(of, _)| *of == op).context("every verb was captured")?;
                 Ok(graph.1.launch()?)

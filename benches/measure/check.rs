@@ -12,16 +12,16 @@ use gradclip::{Dtype, NormType};
 use half::{bf16, f16};
 
 /// What was compared: the column `checked`.
-pub fn check(arena: &Arena, entry: &Entry, options: &Options) -> Result<&'static str> {
+pub fn check(arena: &Arena, clipper: &mut Clipper, entry: &Entry, options: &Options) -> Result<&'static str> {
     match entry.dtype() {
-        Dtype::F64 => check_as::<f64>(arena, entry, options),
-        Dtype::F16 => check_as::<f16>(arena, entry, options),
-        Dtype::BF16 => check_as::<bf16>(arena, entry, options),
-        _ => check_as::<f32>(arena, entry, options),
+        Dtype::F64 => check_as::<f64>(arena, clipper, entry, options),
+        Dtype::F16 => check_as::<f16>(arena, clipper, entry, options),
+        Dtype::BF16 => check_as::<bf16>(arena, clipper, entry, options),
+        _ => check_as::<f32>(arena, clipper, entry, options),
     }
 }
 
-fn check_as<T: Pod>(arena: &Arena, entry: &Entry, options: &Options) -> Result<&'static str>
+fn check_as<T: Pod>(arena: &Arena, clipper: &mut Clipper, entry: &Entry, options: &Options) -> Result<&'static str>
 where
     Vec<T>: AsGrad + AsGradMut,
 {
@@ -29,7 +29,6 @@ where
     if span > options.check_norm {
         return Ok("no");
     }
-    let mut clipper = Clipper::new(&arena.stream)?;
     let mut grads = arena.grads(entry);
     let original = download::<T>(arena, entry)?;
     let here = cpu::total_norm(&original, NormType::L2)?;

@@ -57,7 +57,7 @@ fn fastest(kernels: &[Kernel], third: u64, arena: &Arena, bytes: usize, tries: u
         let one_trip = packs.div_ceil(u64::from(THREADS * kernel.in_flight));
         let enough = packs.div_ceil(u64::from(THREADS)).clamp(1, 1 << 30) as u32;
         let one_trip = one_trip.clamp(1, 1 << 30) as u32;
-        let mut grids: Vec<u32> = [1, 2, 4, 8, 16].iter().map(|n| (n * arena.multiprocessors).min(enough)).collect();
+        let mut grids: Vec<u32> = [2, 4, 8].iter().map(|n| (n * arena.multiprocessors).min(enough)).collect();
         grids.push(one_trip);
         grids.dedup();
         for blocks in grids {
