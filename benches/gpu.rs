@@ -12,8 +12,8 @@ mod measure;
 use anyhow::{ensure, Context, Result};
 use clap::Parser;
 use measure::cases::Op;
-use measure::lists::{entries, Entry};
-use measure::{record, shapes, Bench, Options};
+use measure::lists::{entries, share, Entry};
+use measure::{lists, record, shapes, Bench, Options};
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -56,8 +56,10 @@ fn main() -> Result<()> {
     if args.export_lists {
         let lists = serde_json::json!({
             "header": record::HEADER,
-            "align": measure::lists::ALIGN,
+            "align": lists::ALIGN,
             "sigma": measure::arena::SIGMA,
+            "weight": lists::WEIGHT,
+            "weighted": lists::WEIGHTED,
             "bounds": Op::ALL.map(|op| (op.name(), op.bound())),
             "lists": entries,
         });
@@ -78,22 +80,24 @@ fn main() -> Result<()> {
     if args.serve {
         return serve(&mut bench, &entries);
     }
-    let wanted = |entry: &&Entry| {
+    let wanted = |index: &usize| {
+        let entry = &entries[*index];
         entry.list.contains(&args.list) && args.dtype.as_ref().is_none_or(|dtype| entry.dtype == dtype)
     };
-    let wanted: Vec<&Entry> = entries.iter().filter(wanted).collect();
+    let wanted: Vec<usize> = (0..entries.len()).filter(wanted).collect();
     let mut out: Box<dyn Write> = match &args.out {
         Some(path) => Box::new(std::fs::File::create(path)?),
         None => Box::new(std::io::stdout()),
     };
-    all(&mut bench, &wanted, Duration::from_secs_f64(args.budget), &mut out)
+    all(&mut bench, &entries, &wanted, Duration::from_secs_f64(args.budget), &mut out)
 }
 
 /// One list after the other, until the time is over.
-fn all(bench: &mut Bench, entries: &[&Entry], budget: Duration, out: &mut impl Write) -> Result<()> {
+fn all(bench: &mut Bench, entries: &[Entry], wanted: &[usize], budget: Duration, out: &mut impl Write) -> Result<()> {
     let started = Instant::now();
     writeln!(out, "{}", record::HEADER)?;
-    for (index, entry) in entries.iter().enumerate() {
+    for (done, index) in wanted.iter().enumerate() {
+        let entry = &entries[*index];
         let left = budget.saturating_sub(started.elapsed());
         if left.is_zero() || !bench.fits(entry) {
             let why = if left.is_zero() { "the time is over" } else { "it does not fit" };
@@ -101,7 +105,7 @@ fn all(bench: &mut Bench, entries: &[&Entry], budget: Duration, out: &mut impl W
             continue;
         }
         // A third goes to what is not counted: filling, checking, finding the fastest limits.
-        let slice = left * 2 / 3 / (entries.len() - index) as u32;
+        let slice = left.mul_f64(share(&wanted[done..]) * 2.0 / 3.0);
         for row in bench.measure(entry, 1, slice.min(Duration::from_secs(3)))? {
             writeln!(out, "{row}")?;
         }

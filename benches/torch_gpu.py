@@ -270,7 +270,8 @@ def main():
             name = f"{entry['list']} {entry['dtype']}"
             left = args.budget - (time.perf_counter() - started)
             # Half a slice for the second pass; a third goes to what is not counted.
-            seconds = min(left / (len(lists) - done) / 2.5 * 0.66, 3)
+            weights = [export["weight"] if i < export["weighted"] else 1 for i, _ in lists[done:]]
+            seconds = min(left * weights[0] / sum(weights) / 2.5 * 0.66, 3)
             if left <= 0:
                 print(f"SKIPPED {name}: the time is over", file=sys.stderr)
                 continue

@@ -65,7 +65,7 @@ else
   note "python3 has no PyTorch: measured without"
   check $((bench_seconds + 45)) "$record/bench.txt" "$here/gpu_bench" --budget "$bench_seconds" --out "$record/bench.csv"
 fi
-grep -E "SKIPPED|FAILED" "$record/bench.txt" | sed 's/^/bench: /' | tee -a "$record/environment.txt"
+grep -E "^PyTorch|SKIPPED|FAILED" "$record/bench.txt" | sed 's/^/bench: /' | tee -a "$record/environment.txt"
 python3 "$here/record_to_tables.py" "$record/bench.csv" > "$record/tables.md"
 
 if command -v compute-sanitizer >/dev/null; then

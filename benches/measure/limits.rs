@@ -35,8 +35,13 @@ impl Limits {
             Ok(Kernel { function: module.load_function(&format!("{name}_{in_flight}"))?, in_flight })
         };
         Ok(Self {
-            reads: vec![kernel("plain_read", 4)?, kernel("plain_read", 8)?, kernel("plain_read", 16)?],
-            updates: vec![kernel("plain_update", 4)?, kernel("plain_update", 8)?],
+            reads: vec![
+                kernel("read_tiles", 4)?,
+                kernel("read_tiles", 8)?,
+                kernel("read_tiles", 16)?,
+                kernel("read_strided", 8)?,
+            ],
+            updates: vec![kernel("update_tiles", 4)?, kernel("update_tiles", 8)?],
         })
     }
 

@@ -63,6 +63,16 @@ const KI: usize = 1 << 10;
 const MI: usize = 1 << 20;
 const GI: usize = 1 << 30;
 
+/// Of the first entries, those that the bars name, as against all others: more time means more rounds.
+pub const WEIGHT: usize = 2;
+pub const WEIGHTED: usize = 10;
+
+/// Share of the time that is left for `indices` which the first of them gets.
+pub fn share(indices: &[usize]) -> f64 {
+    let weight = |index: &usize| if *index < WEIGHTED { WEIGHT } else { 1 };
+    indices.first().map_or(0, weight) as f64 / indices.iter().map(weight).sum::<usize>().max(1) as f64
+}
+
 pub fn entries() -> Vec<Entry> {
     let all = &["f32", "bf16", "f16"];
     let usual = &["f32", "bf16"];

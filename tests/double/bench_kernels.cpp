@@ -41,11 +41,12 @@ namespace gradclip {
 namespace host {
 
 const HostKernel bench_kernels[] = {
-    LIMIT_KERNEL(plain_read_4),
-    LIMIT_KERNEL(plain_read_8),
-    LIMIT_KERNEL(plain_read_16),
-    LIMIT_KERNEL(plain_update_4),
-    LIMIT_KERNEL(plain_update_8),
+    LIMIT_KERNEL(read_tiles_4),
+    LIMIT_KERNEL(read_tiles_8),
+    LIMIT_KERNEL(read_tiles_16),
+    LIMIT_KERNEL(read_strided_8),
+    LIMIT_KERNEL(update_tiles_4),
+    LIMIT_KERNEL(update_tiles_8),
     {},
 };
 
