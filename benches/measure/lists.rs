@@ -78,7 +78,7 @@ pub fn entries() -> Vec<Entry> {
     let usual = &["f32", "bf16"];
     let moe = shapes::shard("Qwen3-30B-A3B 1/32", shapes::qwen3_30b(), 32);
 
-    // The lists that DESIGN's bars name.
+    // The lists that the bars of docs/performance.md name.
     let mut entries: Vec<Entry> = usual.iter().map(|dtype| bytes("1 GiB", GI, dtype)).collect();
     each(&mut entries, &shapes::equal("3000 x 4 Ki", 3000, 4 * KI), usual);
     each(&mut entries, &shapes::gpt2(), usual);
