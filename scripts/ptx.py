@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Makes kernels/prebuilt/*.ptx, the PTX that is used where there is no nvcc, and as a fallback where there is one; and
-the PTX of the examples, beside their sources.
+the PTX of the examples and of the benches, beside their sources.
 
-    scripts/ptx.py            compile every kernels/*.cu and examples/*/*.cu, and write the PTX
+    scripts/ptx.py            compile every kernels/*.cu, examples/*/*.cu and benches/*/*.cu, and write the PTX
     scripts/ptx.py --check    compile, compare byte for byte with what is committed, write nothing
 
 The compiler is a pinned NVRTC (scripts/cuda_packages.py). Even so it is free in the names of registers: it sorts some
@@ -24,7 +24,8 @@ from pathlib import Path
 from cuda_packages import (KERNELS, NUMERICS, NVRTC, PREBUILT, ROOT, VIRTUAL_ARCH, add_venv_option, fail, find, install,
                            version)
 
-EXAMPLES = ROOT / "examples"
+# Where .cu files that include nothing lie, each with its PTX beside it.
+BESIDE_SOURCE = ("examples/*/*", "benches/*/*")
 
 # The rarer of the two texts of clip_coef.cu came in 8 to 13 of 30 compilations. At 8 of 30 (and independent, which they
 # are not quite), 64 compilations miss it less than once in 100 million runs.
@@ -106,8 +107,8 @@ def compile_towards(committed, nvrtc, name, contents, headers):
     return ptx
 
 
-def example_sources():
-    return sorted(EXAMPLES.glob("*/*.cu"))
+def beside_source(suffix):
+    return sorted(path for place in BESIDE_SOURCE for path in ROOT.glob(place + suffix))
 
 
 def snapshot_text(name, sha256, ptx):
@@ -136,7 +137,7 @@ def make_snapshot(venvs):
         path = PREBUILT / f"{Path(name).stem}.ptx"
         committed = body(path.read_text(errors="replace")) if path.exists() else ""
         snapshot[path] = snapshot_text(name, sha256, compile_towards(committed, nvrtc, name, text, headers))
-    for source in example_sources():
+    for source in beside_source(".cu"):
         path, text = source.with_suffix(".ptx"), source.read_bytes().replace(b"\r\n", b"\n")
         committed = body(path.read_text(errors="replace")) if path.exists() else ""
         ptx = compile_towards(committed, nvrtc, source.name, text, {})
@@ -145,7 +146,7 @@ def make_snapshot(venvs):
 
 
 def committed_files():
-    return [*PREBUILT.glob("*.ptx"), *EXAMPLES.glob("*/*.ptx")]
+    return [*PREBUILT.glob("*.ptx"), *beside_source(".ptx")]
 
 
 def differences(snapshot):

@@ -43,6 +43,7 @@ mod backend {
 mod double {
     pub mod cost;
     pub mod faults;
+    pub mod gpu_bench;
     pub mod graphs;
     pub mod lifetimes;
     pub mod raw;

@@ -1,5 +1,6 @@
 //! Lists of gradients as real models have them: the number of elements of each parameter, in order. Derived from the
 //! published architectures; the counts are asserted against the published ones.
+#![allow(dead_code)] // every bench uses a part
 
 /// A named list.
 pub struct Shapes {
@@ -59,6 +60,15 @@ pub fn gpt2() -> Shapes {
     Shapes::new("GPT-2", numels)
 }
 
+/// GPT-2 XL: 48 layers of width 1600.
+pub fn gpt2_xl() -> Shapes {
+    let d = 1600;
+    let mut numels = vec![50257 * d, 1024 * d];
+    numels.extend((0..48).flat_map(|_| transformer_layer(d)));
+    numels.extend([d, d]);
+    Shapes::new("GPT-2 XL", numels)
+}
+
 /// ViT-B/16: class token, patch embedding, positions, 12 layers, norm, head.
 pub fn vit_b16() -> Shapes {
     let d = 768;
@@ -98,6 +108,34 @@ pub fn llama_1b() -> Shapes {
     Shapes::new("Llama-3.2-1B", numels)
 }
 
+/// Llama-3-8B: 32 layers as above; embedding and head apart.
+pub fn llama_8b() -> Shapes {
+    let (d, kv, ff) = (4096, 1024, 14336);
+    let mut numels = vec![128_256 * d];
+    numels.extend((0..32).flat_map(|_| [d * d, kv * d, kv * d, d * d, ff * d, ff * d, d * ff, d, d]));
+    numels.extend([d, 128_256 * d]);
+    Shapes::new("Llama-3-8B", numels)
+}
+
+/// Qwen3-30B-A3B, each expert's matrices as tensors of their own: 48 layers of q, k, v, o, the norms of q and k, the
+/// router, 128 experts of gate, up and down, and two norms.
+pub fn qwen3_30b() -> Shapes {
+    let (d, ff, q, kv, head, experts) = (2048, 768, 4096, 512, 128, 128);
+    let mut layer = vec![q * d, kv * d, kv * d, d * q, head, head, experts * d];
+    layer.extend((0..experts).flat_map(|_| [ff * d, ff * d, d * ff]));
+    layer.extend([d, d]);
+    let mut numels = vec![151_936 * d];
+    numels.extend((0..48).flat_map(|_| layer.clone()));
+    numels.extend([d, 151_936 * d]);
+    Shapes::new("Qwen3-30B-A3B", numels)
+}
+
+/// What one of `ways` processes holds of a list whose tensors are cut along their first dimension. All of them divide.
+pub fn shard(name: &'static str, whole: Shapes, ways: usize) -> Shapes {
+    assert!(whole.numels.iter().all(|numel| numel % ways == 0), "{} in {ways}", whole.name);
+    Shapes::new(name, whole.numels.iter().map(|numel| numel / ways).collect())
+}
+
 /// LoRA of rank 16 on all seven projections of Llama-3-8B.
 pub fn lora() -> Shapes {
     let (d, kv, ff, rank): (usize, usize, usize, usize) = (4096, 1024, 14336, 16);
@@ -115,6 +153,9 @@ pub fn check() {
         (mamba_130m(), 242, 129_135_360),
         (llama_1b(), 146, 1_235_814_400),
         (lora(), 448, 41_943_040),
+        (gpt2_xl(), 580, 1_557_611_200),
+        (llama_8b(), 291, 8_030_261_248),
+        (qwen3_30b(), 18_867, 30_532_122_624),
     ];
     for (shapes, tensors, elements) in published {
         assert_eq!((shapes.numels.len(), shapes.total()), (tensors, elements), "{}", shapes.name);

@@ -105,6 +105,7 @@ pub fn build(compiler: &Compiler, without: &[&str]) -> Result<[PathBuf; 2]> {
             "kernels.cpp",
             "toy_kernels.cpp",
             "example_kernels.cpp",
+            "bench_kernels.cpp",
             "host_kernels.cpp",
             "block.cpp",
             "fibers.cpp",

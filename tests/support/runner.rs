@@ -120,6 +120,7 @@ impl Runner {
                     "kernels.cpp",
                     "toy_kernels.cpp",
                     "example_kernels.cpp",
+                    "bench_kernels.cpp",
                     "host_kernels.cpp",
                     "block.cpp",
                     "fibers.cpp",

@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""PyTorch and gradclip on the same lists, in turn: gradclip, PyTorch, gradclip again, list by list.
+
+    benches/torch_gpu.py --bench BINARY --budget 240 --out record.csv
+
+BINARY is that of `cargo bench --bench gpu`. It stays open and measures when it is asked to (`--serve`), so that both
+meet the same clocks. Columns and method are those of benches/measure: time between two events on the GPU with work
+before the first, the call by the clock on an idle stream, rounds in which every case comes once.
+
+`--device cpu` runs PyTorch's side on the CPU, by the clock: it tries out this script, and measures nothing.
+"""
+
+import argparse
+import csv
+import gc
+import json
+import subprocess
+import sys
+import time
+
+import torch
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+FEWEST_ROUNDS = 3  # of what takes long: 18,867 tensors
+BATCH_US, MAX_CALLS = 300, 100  # Options in benches/measure/mod.rs
+COLD_BYTES = 512 << 20
+TOO_MANY = 2**31 - 1  # elements of a tensor: PyTorch reads out of bounds beyond (pytorch#169930)
+
+
+class ClockEvent:
+    """An event of a device that has none."""
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class Torch:
+    def __init__(self, device, header, max_bytes, align, sigma, bounds):
+        self.device, self.header, self.align, self.sigma, self.bounds = device, header, align, sigma, bounds
+        self.cuda = device == "cuda"
+        self.grads = torch.zeros(max_bytes, dtype=torch.uint8, device=device)
+        self.spare = torch.zeros(max_bytes, dtype=torch.uint8, device=device)
+        cache = torch.cuda.get_device_properties(0).L2_cache_size if self.cuda else 1 << 20
+        self.flush_buffer = torch.zeros(cache * 5 // 2 // 8, dtype=torch.int64, device=device)
+        self.filled = None
+
+    def synchronize(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def event(self):
+        return torch.cuda.Event(enable_timing=True) if self.cuda else ClockEvent()
+
+    def load(self, entry):
+        """The list as views of one buffer, laid out as in benches/measure/lists.rs."""
+        dtype = DTYPES[entry["dtype"]]
+        size, starts, end = dtype.itemsize, [], 0
+        for numel in entry["numels"]:
+            start = end + entry["offset"] * size
+            end = -(-(start + numel * size) // self.align) * self.align
+            starts.append(start)
+        self.span, self.bytes = end, sum(entry["numels"]) * size
+        if self.span > len(self.grads):
+            return False
+        typed = self.grads[:self.span].view(dtype)
+        spare = self.spare[:self.span].view(dtype)
+        if self.filled is None or self.filled[0] != dtype or self.filled[1] < self.span:
+            generator = torch.Generator(device=self.device).manual_seed(1)
+            drawn = torch.randn(min(1 << 20, len(spare)), generator=generator, device=self.device) * self.sigma
+            for at in range(0, len(spare), len(drawn)):
+                part = spare[at:at + len(drawn)]
+                part.copy_(drawn[:len(part)])
+            self.filled = (dtype, self.span)
+        self.restore()
+        views = [typed[s // size:s // size + n] for s, n in zip(starts, entry["numels"])]
+        self.params = []
+        for view in views:
+            param = torch.nn.Parameter(view, requires_grad=True)
+            param.grad = view
+            self.params.append(param)
+        self.views, self.flat = views, self.grads[:self.bytes].view(dtype)
+        return True
+
+    def restore(self):
+        self.grads[:self.span].copy_(self.spare[:self.span])
+
+    def flush(self):
+        self.flush_buffer.zero_()
+        self.flush_buffer.sum()
+
+    def cases(self):
+        """(op, implementation, mode, call, whether the gradients have to be restored before)"""
+        norm = self.sigma * self.flat.numel()**0.5  # next to exactly
+        calls = [
+            ("limit", "torch copy", lambda: self.grads[:self.bytes].copy_(self.spare[:self.bytes]), False),
+            ("norm", "torch", lambda: get_total_norm(self.views, 2.0, foreach=True), False),
+            ("norm", "torch on one flat buffer", lambda: torch.linalg.vector_norm(self.flat), False),
+            ("clip; within", "torch", lambda: clip_grad_norm_(self.params, norm * 1e3, foreach=True), False),
+            # Its work is the same whatever the threshold is; this one leaves next to everything as it was.
+            ("clip", "torch", lambda: clip_grad_norm_(self.params, norm * 0.99999, foreach=True), False),
+        ]
+        for op, bound in self.bounds.items():
+            if op.startswith("value"):
+                call = lambda bound=bound: clip_grad_value_(self.params, bound, foreach=True)
+                calls.append((op, "torch", call, not op.startswith("value; 0")))
+        cases = [(op, implementation, "eager", call, restored) for op, implementation, call, restored in calls]
+        if self.cuda:
+            for op, implementation, call, restored in calls:
+                if implementation == "torch":
+                    graph = self.capture(op, call)
+                    if graph is not None:
+                        cases.append((op, implementation, "graph", graph.replay, restored))
+        self.restore()
+        return cases
+
+    def capture(self, op, call):
+        """The call as a graph. None where PyTorch cannot capture it."""
+        try:
+            call()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            return graph
+        except RuntimeError as error:
+            print(f"SKIPPED torch {op} as a graph: {str(error).splitlines()[0]}", file=sys.stderr)
+            torch.cuda.synchronize()
+            return None
+
+    def enqueue(self, case, cache, calls, pair):
+        _, _, _, call, restored = case
+        if restored:
+            self.restore()
+        if cache == "cold":
+            self.flush()
+        elif not restored:
+            call()
+        pair[0].record()
+        for _ in range(calls):
+            call()
+        pair[1].record()
+
+    def by_the_clock(self, case):
+        _, _, _, call, restored = case
+        if restored:
+            self.restore()
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        host = time.perf_counter() - start
+        self.synchronize()
+        return host * 1e6, (time.perf_counter() - start) * 1e6
+
+    def measure(self, cases, cache, seconds):
+        started = time.perf_counter()
+        pairs = [(self.event(), self.event()) for _ in cases]
+        calls = [1] * len(cases)
+        times = [([], [], []) for _ in cases]
+        for i, (case, pair) in enumerate(zip(cases, pairs)):
+            self.enqueue(case, cache, 1, pair)
+            self.synchronize()
+            took = pair[0].elapsed_time(pair[1]) * 1e3
+            if cache == "warm" and not case[4] and took > 0:
+                calls[i] = int(min(max(BATCH_US / took, 1), MAX_CALLS))
+        for number in range(MAX_ROUNDS):
+            took = time.perf_counter() - started
+            if (number >= MIN_ROUNDS and took >= seconds) or (number >= FEWEST_ROUNDS and took >= 2 * seconds):
+                break
+            for i, (case, pair) in enumerate(zip(cases, pairs)):
+                self.enqueue(case, cache, calls[i], pair)
+            self.synchronize()
+            for i, pair in enumerate(pairs):
+                times[i][0].append(pair[0].elapsed_time(pair[1]) * 1e3 / calls[i])
+            if cache == "warm":
+                for i, case in enumerate(cases):
+                    for column, took in zip(times[i][1:], self.by_the_clock(case)):
+                        column.append(took)
+        return calls, times
+
+    def rows(self, entry, run, seconds):
+        """One dict for each case."""
+        passes = {"limit": 2, "norm": 1, "clip; within": 1, "clip": 3, "value; 0 % outside": 1}
+        cases = self.cases()
+        caches = ["warm", "cold"] if self.span <= COLD_BYTES else ["warm"]
+        for cache in caches:
+            calls, times = self.measure(cases, cache, seconds / len(caches))
+            for case, count, (gpu, host, done) in zip(cases, calls, times):
+                median = quantile(gpu, 0.5)
+                row = dict.fromkeys(self.header, "")
+                row.update(run)
+                row.update({
+                    "pass": 1, "list": entry["list"], "tensors": len(entry["numels"]), "bytes": self.bytes,
+                    "dtype": entry["dtype"], "op": case[0], "implementation": case[1], "mode": case[2],
+                    "cache": cache, "rounds": len(gpu), "calls": count, "median_us": f"{median:.3f}",
+                    "p10_us": f"{quantile(gpu, 0.1):.3f}", "p90_us": f"{quantile(gpu, 0.9):.3f}",
+                    "GB/s": f"{passes.get(case[0], 2) * self.bytes / median / 1e3:.1f}" if median else "",
+                    "host_us": f"{quantile(host, 0.5):.2f}" if host else "",
+                    "done_us": f"{quantile(done, 0.5):.2f}" if done else "", "checked": "no",
+                })
+                yield row
+
+    def unload(self):
+        self.params = self.views = self.flat = None
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+
+def quantile(values, at):
+    return sorted(values)[round((len(values) - 1) * at)]
+
+
+class Gradclip:
+    """The bench's binary, which measures what it is asked to."""
+
+    def __init__(self, binary, max_gib):
+        self.process = subprocess.Popen([binary, "--serve", "--max-gib", str(max_gib)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
+        first = self.process.stdout.readline().strip()
+        if first != "ready":
+            sys.exit(first or f"{binary} ended without a word")
+
+    def measure(self, number, seconds, index):
+        self.process.stdin.write(f"{number} {seconds:.3f} {index}\n")
+        self.process.stdin.flush()
+        rows = []
+        while True:
+            line = self.process.stdout.readline()
+            if not line:
+                sys.exit("the bench of gradclip has ended")
+            line = line.strip()
+            if line == "done":
+                return rows
+            if line.startswith("failed "):
+                print(f"FAILED: {line.removeprefix('failed ')}", file=sys.stderr)
+                return None
+            rows.append(line)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", required=True, help="the binary of `cargo bench --bench gpu`")
+    parser.add_argument("--budget", type=float, default=240, help="seconds for everything")
+    parser.add_argument("--out", required=True, help="file for the rows")
+    parser.add_argument("--max-gib", type=float, default=16, help="of gradients; each side allocates it twice")
+    parser.add_argument("--list", default="", help="only lists whose name contains this")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args()
+
+    started = time.perf_counter()
+    export = json.loads(subprocess.run([args.bench, "--export-lists"], check=True, capture_output=True).stdout)
+    header = export["header"].split(",")
+    lists = [(i, entry) for i, entry in enumerate(export["lists"]) if args.list in entry["list"]]
+    ours = Gradclip(args.bench, args.max_gib)
+    max_bytes = int(args.max_gib * (1 << 30)) // export["align"] * export["align"]
+    theirs = Torch(args.device, header, max_bytes, export["align"], export["sigma"], dict(export["bounds"]))
+    print(f"PyTorch {torch.__version__}", file=sys.stderr)
+    failed = False
+    gc.disable()
+    torch.set_grad_enabled(False)
+    with open(args.out, "w", newline="") as out:
+        out.write(export["header"] + "\n")
+        writer = csv.DictWriter(out, header, lineterminator="\n")
+        for done, (index, entry) in enumerate(lists):
+            name = f"{entry['list']} {entry['dtype']}"
+            left = args.budget - (time.perf_counter() - started)
+            # Half a slice for the second pass; a third goes to what is not counted.
+            weights = [export["weight"] if i < export["weighted"] else 1 for i, _ in lists[done:]]
+            seconds = min(left * weights[0] / sum(weights) / 2.5 * 0.66, 3)
+            if left <= 0:
+                print(f"SKIPPED {name}: the time is over", file=sys.stderr)
+                continue
+            rows = ours.measure(1, seconds, index)
+            if rows is None:
+                failed = True
+                continue
+            out.writelines(row + "\n" for row in rows)
+            run = dict(zip(header, next(csv.reader(rows[:1]))))
+            run = {column: run[column] for column in ("gpu", "driver", "date", "commit")}
+            if max(entry["numels"]) > TOO_MANY:
+                print(f"SKIPPED {name} with torch: it reads out of bounds beyond 2^31 elements", file=sys.stderr)
+            elif theirs.load(entry):
+                writer.writerows(theirs.rows(entry, run, seconds))
+                theirs.unload()
+                second = ours.measure(2, seconds / 2, index)
+                failed = failed or second is None
+                out.writelines(row + "\n" for row in second or [])
+            out.flush()
+            print(f"{time.perf_counter() - started:6.1f} s  {name}", file=sys.stderr)
+    ours.process.stdin.close()
+    ours.process.wait()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

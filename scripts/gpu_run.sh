@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Of a folder that scripts/gpu_pack.sh has packed: run.sh RECORD [SECONDS [BENCH_SECONDS]]
+#
+# Runs every GPU test with skips forbidden; measures for BENCH_SECONDS (240), beside PyTorch where python3 has one; then,
+# in what is left of SECONDS (470), the semantics suite under each tool of compute-sanitizer. The folder RECORD gets:
+#   environment.txt  the machine, the driver, the commit, and whether all has passed
+#   tests.txt        what the tests printed
+#   bench.csv        the measurements; benches/README.md has the columns
+#   bench.txt        which lists were measured and which were skipped
+#   tables.md        bench.csv as tables
+#   clocks.csv       clocks, power and temperature of the GPU, every second
+#   sanitizers.txt   what the sanitizers printed
+# Exits with 1 if anything failed or was not finished.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+record=${1:?usage: run.sh RECORD [SECONDS [BENCH_SECONDS]]}
+seconds=${2:-470} bench_seconds=${3:-240}
+mkdir -p "$record"
+export GRADCLIP_REQUIRE_GPU=1 GRADCLIP_GOLDEN=$here/golden PYTHONUNBUFFERED=1
+GRADCLIP_COMMIT=$(cat "$here/COMMIT")
+export GRADCLIP_COMMIT
+failed=0
+
+left() { echo $((seconds - SECONDS)); }
+note() { echo "$*" | tee -a "$record/environment.txt"; }
+
+# check LIMIT FILE COMMAND...: within LIMIT seconds (or what is left), its output to FILE.
+check() {
+  local limit=$1 file=$2 code
+  shift 2
+  [ "$(left)" -lt "$limit" ] && limit=$(left)
+  if [ "$limit" -lt 5 ]; then
+    note "NOT RUN, the time is over: ${*##*/}"
+    failed=1
+    return
+  fi
+  echo "\$ ${*##*/}" >> "$file"
+  timeout "$limit" "$@" >> "$file" 2>&1
+  code=$?
+  case $code in
+    0) note "passed after $SECONDS s: ${*##*/}" ;;
+    124) note "NOT FINISHED in $limit s: ${*##*/}"; failed=1 ;;
+    *) note "FAILED with $code: ${*##*/}"; failed=1; tail -n 20 "$file" ;;
+  esac
+}
+
+: > "$record/environment.txt"
+note "commit $GRADCLIP_COMMIT; $(cat "$here/BUILT")"
+note "$(date -u +"date %FT%TZ")"
+note "$(uname -srm), $(nproc) cores"
+note "$(nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current --format=csv)"
+nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active \
+  --format=csv --loop=1 > "$record/clocks.csv" 2>&1 &
+clocks=$!
+trap 'kill "$clocks" 2>/dev/null' EXIT
+
+check 60 "$record/tests.txt" "$here/no_driver"
+check 150 "$record/tests.txt" "$here/on_gpu" --test-threads 1
+
+# The budget is of the lists; starting, and the list that is under way when it ends, come on top.
+if python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then
+  check $((bench_seconds + 45)) "$record/bench.txt" python3 "$here/torch_gpu.py" --bench "$here/gpu_bench" \
+    --budget "$bench_seconds" --out "$record/bench.csv"
+else
+  note "python3 has no PyTorch: measured without"
+  check $((bench_seconds + 45)) "$record/bench.txt" "$here/gpu_bench" --budget "$bench_seconds" --out "$record/bench.csv"
+fi
+grep -E "^PyTorch|SKIPPED|FAILED" "$record/bench.txt" | sed 's/^/bench: /' | tee -a "$record/environment.txt"
+python3 "$here/record_to_tables.py" "$record/bench.csv" > "$record/tables.md"
+
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    # The semantics suite is small: every kernel, every dtype, a few elements each.
+    check 60 "$record/sanitizers.txt" compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/on_gpu" \
+      --test-threads 1 suite::semantics
+  done
+else
+  note "compute-sanitizer is not installed: SKIPPED"
+fi
+
+cat "$record/tables.md"
+if [ "$failed" = 0 ]; then note "ALL PASSED after $SECONDS s"; else note "SOME FAILED, after $SECONDS s"; fi
+exit "$failed"

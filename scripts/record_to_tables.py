@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Tables of a record of benches/torch_gpu.py: the bars that the crate sets itself, and the lists.
+
+    scripts/record_to_tables.py RECORD.csv                             both, to the standard output
+    scripts/record_to_tables.py RECORD.csv --write docs/performance.md
+
+--write replaces what stands between the lines `<!-- gpu-bars:begin -->` and `<!-- gpu-bars:end -->`, and the same with
+`gpu-lists`, in each file that is named.
+
+Each list was measured before PyTorch and after it; the slower of the two is what counts here.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+LARGE = 1 << 30
+SHORT_LISTS = ("3000 x 4 Ki", "GPT-2", "Qwen3-30B-A3B 1/32")
+USUAL = ("f32", "bf16")
+VALUE = ("value; 0 % outside", "value; 1 % outside", "value; 100 % outside")
+
+
+class Record:
+    def __init__(self, rows):
+        self.rows = rows
+        self.run = {column: rows[0][column] for column in ("gpu", "driver", "date", "commit")}
+        self.lists = list(dict.fromkeys((row["list"], row["dtype"]) for row in rows))
+        self.size = {(row["list"], row["dtype"]): int(row["bytes"]) for row in rows}
+
+    def worst(self, key, op, implementation, column="median_us", mode="eager", cache="warm", worst=max):
+        """The value of that column, of two passes the worse one; None where there is none."""
+        wanted = (*key, op, implementation, mode, cache)
+        names = ("list", "dtype", "op", "implementation", "mode", "cache")
+        found = [float(row[column]) for row in self.rows
+                 if tuple(row[name] for name in names) == wanted and row[column] not in ("", None)]
+        return worst(found) if found else None
+
+    def ours(self, key, op, column="median_us", **how):
+        return self.worst(key, op, "gradclip", column, **how)
+
+    def torch(self, key, op, column="median_us", **how):
+        return self.worst(key, op, "torch", column, worst=min, **how)
+
+    def ratio(self, key, op):
+        return self.worst(key, op, "gradclip", "ratio", worst=min)
+
+
+def quotient(a, b):
+    return a / b if a is not None and b else None
+
+
+def bars(record):
+    """(what, list and type, the bar, what was measured, whether it is met; None where it was not measured)"""
+    large = [key for key in record.lists if record.size[key] >= LARGE and key[1] in USUAL]
+    for key in large:
+        yield at_least("norm only, of the plain read", key, 0.97, record.ratio(key, "norm"), "share")
+    for key in large:
+        share = quotient(record.ours(key, "clip; within"), record.ours(key, "norm"))
+        yield at_most("clip by norm, not clipped, to norm only", key, 1.03, share)
+        faster = quotient(record.torch(key, "clip; within"), record.ours(key, "clip; within"))
+        yield at_least("clip by norm, not clipped, faster than torch", key, 2.7, faster)
+    for key in large:
+        yield at_most("clip by norm, clipped, to read + copy", key, 1.05, quotient(1, record.ratio(key, "clip")))
+        faster = quotient(record.torch(key, "clip"), record.ours(key, "clip"))
+        yield at_least("clip by norm, clipped, faster than torch", key, 1.2, faster)
+    for key in large:
+        shares = [record.ratio(key, op) for op in VALUE[1:]]
+        share = min(shares) if None not in shares else None
+        yield at_least("clip by value, of the copy", key, 0.97, share, "share")
+        faster = [quotient(record.torch(key, op), record.ours(key, op)) for op in VALUE]
+        yield at_least("clip by value, faster than torch", key, 1.9, min(faster) if None not in faster else None)
+    for name in SHORT_LISTS:
+        for key in [(name, dtype) for dtype in USUAL if (name, dtype) in record.lists]:
+            for op in ("clip; within", "clip"):
+                faster = quotient(record.torch(key, op, "done_us"), record.ours(key, op, "done_us"))
+                yield at_least(f"call to done, {op}, faster than torch", key, 10, faster)
+
+
+def at_least(what, key, bar, measured, kind="times"):
+    text = (lambda x: f"{100 * x:.1f} %") if kind == "share" else (lambda x: f"{x:.2f} x")
+    return what, key, ">= " + text(bar), text(measured) if measured is not None else None, verdict(measured, bar, 1)
+
+
+def at_most(what, key, bar, measured):
+    text = lambda x: f"{x:.3f} x"
+    return what, key, "<= " + text(bar), text(measured) if measured is not None else None, verdict(measured, bar, -1)
+
+
+def verdict(measured, bar, sign):
+    return None if measured is None else measured * sign >= bar * sign
+
+
+def header(record):
+    run = record.run
+    return f"{run['gpu']}, driver {run['driver']}, commit {run['commit']}, {run['date']}; eager, warm cache.\n"
+
+
+def bars_table(record):
+    lines = [header(record), "| what | list | bar | measured | met |", "|---|---|---|---|---|"]
+    for what, (name, dtype), bar, measured, met in bars(record):
+        answer = {True: "yes", False: "**no**", None: "not measured"}[met]
+        lines.append(f"| {what} | {name}, {dtype} | {bar} | {measured or ''} | {answer} |")
+    return "\n".join(lines)
+
+
+def lists_table(record):
+    lines = [header(record), "Microseconds on the GPU; in brackets the share of the limit, then from call to done.\n",
+             "| list | type | norm | torch | not clipped | torch | clipped | torch | by value, 1 % | torch |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for key in record.lists:
+        cells = [*key]
+        for op in ("norm", "clip; within", "clip", VALUE[1]):
+            time, ratio, done = record.ours(key, op), record.ratio(key, op), record.ours(key, op, "done_us")
+            cells.append("" if time is None else f"{time:.1f}"
+                         + (f" ({100 * ratio:.0f} %)" if ratio is not None else "")
+                         + (f", {done:.0f}" if done is not None else ""))
+            theirs, done = record.torch(key, op), record.torch(key, op, "done_us")
+            cells.append("" if theirs is None else f"{theirs:.1f}" + (f", {done:.0f}" if done is not None else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(path, tables):
+    text = path.read_text()
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    path.write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="files to write the tables into")
+    args = parser.parse_args()
+    with args.record.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        sys.exit(f"{args.record} holds no rows")
+    record = Record(rows)
+    tables = {"gpu-bars": bars_table(record), "gpu-lists": lists_table(record)}
+    for path in args.write:
+        write(path, tables)
+    if not args.write:
+        print("\n\n".join(tables.values()))
+
+
+if __name__ == "__main__":
+    main()
