@@ -143,14 +143,16 @@ impl<G: DeviceGradMut + ?Sized> DeviceGradMut for &mut G {
 #[derive(Debug, PartialEq, Eq)]
 pub struct RawGrad {
     tensor: TensorRef,
+    looked_up: bool,
 }
 
 impl RawGrad {
     /// `numel` contiguous elements of `dtype` from `address` on.
     ///
     /// When a list is first seen, the driver is asked about each raw pointer in it: [`Error::BadPointer`] for host
-    /// memory, freed memory (where the driver knows), another device, or fewer bytes than `numel` needs. The same list
-    /// again costs nothing.
+    /// memory, freed memory (where the driver knows), another device, or fewer bytes than `numel` needs. That costs four
+    /// calls of `cuPointerGetAttribute` for each pointer, on the host; the same list again costs nothing.
+    /// [`not_looked_up`](Self::not_looked_up) leaves it out.
     ///
     /// # Safety
     /// Whenever this value is passed to a call, and until that call's work on the stream has finished:
@@ -159,14 +161,22 @@ impl RawGrad {
     /// * no Rust reference to them is used.
     #[must_use]
     pub unsafe fn new(address: u64, numel: usize, dtype: Dtype) -> Self {
-        Self { tensor: TensorRef { address, numel: numel as u64, dtype } }
+        Self { tensor: TensorRef { address, numel: numel as u64, dtype }, looked_up: true }
+    }
+
+    /// The same without asking the driver: for lists that are new at every step, as of an allocator that hands out other
+    /// addresses each time, and whose owner knows where they are. Alignment and overlap are checked all the same.
+    #[must_use]
+    pub fn not_looked_up(mut self) -> Self {
+        self.looked_up = false;
+        self
     }
 }
 
 impl sealed::Sealed for RawGrad {}
 impl DeviceGrad for RawGrad {
     fn find(&self, _stream: &CudaStream) -> std::result::Result<Found, WrongContext> {
-        Ok(Found { tensor: self.tensor, raw: true })
+        Ok(Found { tensor: self.tensor, raw: self.looked_up })
     }
 }
 impl DeviceGradMut for RawGrad {

@@ -117,3 +117,26 @@ fn a_raw_pointer_to_what_was_a_slice_is_looked_up() {
     assert!(matches!(error, Error::BadPointer { .. }), "{error}");
     assert_eq!(double.counters().faults, 0);
 }
+
+/// Four driver calls for each pointer of a new list, none for the list of last time, none where it was so asked for.
+#[test]
+fn the_driver_is_asked_once_and_only_where_wanted() {
+    let Some(double) = double::lock() else { return };
+    let stream = cuda::context(0).unwrap().default_stream();
+    let slice = stream.clone_htod(&[3.0f32, 4.0, 12.0, 84.0]).unwrap();
+    let address = slice.device_ptr(&stream).0;
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let list = |first: usize| [raw(address + 4 * first as u64, 1, Dtype::F32), raw(address + 8, 2, Dtype::F32)];
+    let mut calls = |list: &[RawGrad]| {
+        double.reset_counters();
+        clipper.total_norm(list, NormType::L2).unwrap();
+        double.counters().calls
+    };
+    calls(&list(0));
+    let same = calls(&list(0));
+    assert_eq!(calls(&list(1)), same + 2 * 4);
+    assert_eq!(calls(&list(0).map(RawGrad::not_looked_up)), same);
+    assert_eq!(calls(&list(0)), same + 2 * 4, "looked up now, since it was not");
+    let error = clipper.total_norm(&[raw(address + 2, 1, Dtype::F32).not_looked_up()], NormType::L2).unwrap_err();
+    assert!(matches!(error, Error::Misaligned { .. }), "{error}");
+}
