@@ -24,7 +24,7 @@ pub(crate) struct Plan {
     descs: Vec<TensorDesc>,
     num_tiles: u32,
     has_f64: bool,
-    by_address: Vec<(u64, u64, u32)>,
+    by_address: Vec<(u64, u64, usize)>,
 }
 
 impl Plan {
@@ -62,7 +62,7 @@ impl Plan {
     /// Cost: one pass, and a sort by address for the overlap check; no allocation for lists no longer than before.
     pub(crate) fn update(&mut self, tensors: &[TensorRef]) -> Result<()> {
         self.clear();
-        let result = self.fill(tensors).and_then(|()| self.refuse_overlaps());
+        let result = self.fill(tensors).and_then(|()| refuse_overlaps(&mut self.by_address));
         if result.is_err() {
             self.clear();
         }
@@ -92,23 +92,24 @@ impl Plan {
                 .ok_or(too_large)?;
             if numel > 0 {
                 self.has_f64 |= dtype == Dtype::F64;
-                self.by_address.push((address, end, index as u32));
+                self.by_address.push((address, end, index));
             }
         }
         self.num_tiles = next_tile;
         Ok(())
     }
+}
 
-    fn refuse_overlaps(&mut self) -> Result<()> {
-        self.by_address.sort_unstable();
-        for pair in self.by_address.windows(2) {
-            let ((_, end, a), (begin, _, b)) = (pair[0], pair[1]);
-            if begin < end {
-                return Err(Error::Overlap { first: a.min(b) as usize, second: a.max(b) as usize });
-            }
+/// Of tensors that are not empty, as (begin, end, index in the list). Sorts them.
+pub(crate) fn refuse_overlaps(spans: &mut [(u64, u64, usize)]) -> Result<()> {
+    spans.sort_unstable();
+    for pair in spans.windows(2) {
+        let ((_, end, a), (begin, _, b)) = (pair[0], pair[1]);
+        if begin < end {
+            return Err(Error::Overlap { first: a.min(b), second: a.max(b) });
         }
-        Ok(())
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -42,8 +42,11 @@ impl<R: Report> Deferred<R> {
 
     #[cfg(feature = "cuda")]
     #[allow(dead_code)] // without an adapter that has CUDA tensors
-    pub(crate) fn on_device(report: Pending<R>, variables: Variables) -> Self {
-        Self { report: Place::Device(report), variables }
+    pub(crate) fn of_call(call: Result<Pending<R>>, variables: Variables) -> Result<Self> {
+        match call {
+            Ok(report) => Ok(Self { report: Place::Device(report), variables }),
+            Err(error) => Err(variables.name_in(error)),
+        }
     }
 
     /// The report. Of CUDA tensors it waits for the stream, and copies 64 bytes; see [`cuda::Pending::wait`].

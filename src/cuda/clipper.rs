@@ -12,7 +12,7 @@ use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
 use crate::plan::Plan;
 use crate::report::{NormReport, ValueReport};
 use crate::value_bounds;
-use cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
+use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::CudaStream;
 use std::sync::Arc;
 
@@ -224,8 +224,7 @@ impl Clipper {
 
     /// Plan and workspace for the gathered list; whether the stream is capturing.
     fn prepare(&mut self) -> Result<bool> {
-        let status = self.stream.capture_status().map_err(driver_error("cuStreamIsCapturing"))?;
-        let capturing = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let capturing = is_capturing(&self.stream)?;
         let same_list = self.plan.is_for(self.list.tensors());
         if !(same_list && self.list.has_known_raw_pointers()) {
             self.list.check_raw_pointers(&self.stream)?;

@@ -81,14 +81,14 @@ fn probe() -> Result<()> {
                     Some(function) => Err(Error::DriverTooOld { reason: format!("{name} has no {function}") }),
                 };
             }
-            Err(error) => reasons.push(with_source(&error)),
+            Err(error) => reasons.push(loader_text(&error)),
         }
     }
     Err(Error::DriverMissing { tried: LIBRARIES_TEXT, reason: reasons.join("; ") })
 }
 
 /// What the loader said is in the source of libloading's error.
-fn with_source(error: &dyn std::error::Error) -> String {
+pub(crate) fn loader_text(error: &dyn std::error::Error) -> String {
     error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 

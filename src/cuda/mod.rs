@@ -27,3 +27,5 @@ pub use thread_clippers::{clip_grad_norm, clip_grad_value, release_thread_clippe
 pub use ::cudarc;
 
 pub(crate) use driver::driver_error;
+#[cfg(feature = "tch")]
+pub(crate) use driver::loader_text;

@@ -43,7 +43,7 @@ impl GradList {
                 list.copied.push((var, index));
             }
             if index == list.tensors.len() {
-                let grad = grad.contiguous().map_err(Error::from)?; // itself, if it is
+                let grad = grad.contiguous()?; // itself, if it is
                 list.storages.push(storage_address(&grad));
                 list.tensors.push(grad);
                 list.variables.push(var);

@@ -3,10 +3,10 @@
 use super::grads::{offsets, GradList};
 use crate::adapters::cudarc::{sealed, DeviceGrad, DeviceGradMut, Found, WrongContext};
 use crate::adapters::deferred::Deferred;
-use crate::cuda::{self, Pending};
+use crate::cuda;
 use crate::error::Result;
 use crate::options::{ClipNorm, ClipValue, NormType};
-use crate::report::{NormReport, Report, ValueReport};
+use crate::report::{NormReport, ValueReport};
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, Layout, Storage, Tensor, Var};
@@ -22,7 +22,7 @@ pub(super) fn total_norm(
 ) -> Result<Deferred<NormReport>> {
     let grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
     let pending = cuda::total_norm(stream, &grads, norm_type);
-    deferred(pending, list)
+    Deferred::of_call(pending, list.into_variables())
 }
 
 pub(super) fn clip_grad_norm(
@@ -37,7 +37,7 @@ pub(super) fn clip_grad_norm(
     if pending.is_ok() {
         list.put_back(vars, store); // whether they were scaled, the device knows; if not, they are what they were
     }
-    deferred(pending, list)
+    Deferred::of_call(pending, list.into_variables())
 }
 
 pub(super) fn clip_grad_value(
@@ -52,14 +52,7 @@ pub(super) fn clip_grad_value(
     if pending.is_ok() {
         list.put_back(vars, store);
     }
-    deferred(pending, list)
-}
-
-fn deferred<R: Report>(pending: Result<Pending<R>>, list: GradList) -> Result<Deferred<R>> {
-    match pending {
-        Ok(pending) => Ok(Deferred::on_device(pending, list.into_variables())),
-        Err(error) => Err(list.name_in(error)),
-    }
+    Deferred::of_call(pending, list.into_variables())
 }
 
 /// A contiguous CUDA tensor of a dtype that is supported.

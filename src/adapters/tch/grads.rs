@@ -4,7 +4,7 @@ use super::framework;
 use crate::adapters::variables::Variables;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::plan::TensorRef;
+use crate::plan::{refuse_overlaps, TensorRef};
 use ::tch::{no_grad_guard, Device, Kind, Tensor};
 use std::borrow::Borrow;
 use std::collections::HashSet;
@@ -86,7 +86,8 @@ impl GradList {
         }
         if !list.copied.is_empty() {
             // What is a copy in the list meets nothing there.
-            refuse_overlaps(spans).map_err(|error| list.name_in(error))?;
+            spans.retain(|(begin, end, _)| begin < end);
+            refuse_overlaps(&mut spans).map_err(|error| list.name_in(error))?;
         }
         Ok(list)
     }
@@ -223,19 +224,6 @@ impl Shape {
     }
 }
 
-/// Of gradients as (begin, end, index in the list).
-fn refuse_overlaps(mut spans: Vec<(u64, u64, usize)>) -> Result<()> {
-    spans.retain(|(begin, end, _)| begin < end);
-    spans.sort_unstable();
-    for pair in spans.windows(2) {
-        let ((_, end, a), (begin, _, b)) = (pair[0], pair[1]);
-        if begin < end {
-            return Err(Error::Overlap { first: a.min(b), second: a.max(b) });
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,11 +252,5 @@ mod tests {
         assert!(!dense(&[(2, 3), (2, 2), (2, 2)]));
         let column = Shape::new([(3, 4), (2, 1)]);
         assert_eq!((column.numel, column.span), (6, 10));
-    }
-
-    #[test]
-    fn spans_that_meet_are_refused_and_empty_ones_never() {
-        assert_eq!(refuse_overlaps(vec![(8, 16, 0), (0, 8, 1), (0, 0, 2), (12, 12, 3)]), Ok(()));
-        assert_eq!(refuse_overlaps(vec![(8, 16, 0), (0, 9, 1)]), Err(Error::Overlap { first: 0, second: 1 }));
     }
 }

@@ -3,11 +3,11 @@
 use super::grads::GradList;
 use crate::adapters::cudarc::{sealed, DeviceGrad, DeviceGradMut, Found, WrongContext};
 use crate::adapters::deferred::Deferred;
-use crate::cuda::{self, Pending};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::plan::TensorRef;
-use crate::report::{NormReport, Report, ValueReport};
+use crate::report::{NormReport, ValueReport};
 use cudarc::driver::{CudaContext, CudaStream};
 use libloading::Library;
 use std::ffi::{c_int, c_void};
@@ -25,7 +25,7 @@ type CurrentStream = unsafe extern "C" fn(device_index: i32, stream: *mut *mut c
 pub(super) fn total_norm(list: GradList, ordinal: usize, norm_type: NormType) -> Result<Deferred<NormReport>> {
     let stream = current_stream(ordinal)?;
     let pending = cuda::total_norm(&stream, &device_grads(&list, ordinal), norm_type);
-    deferred(pending, list)
+    Deferred::of_call(pending, list.into_variables())
 }
 
 pub(super) fn clip_grad_norm(mut list: GradList, ordinal: usize, clip: ClipNorm) -> Result<Deferred<NormReport>> {
@@ -34,7 +34,7 @@ pub(super) fn clip_grad_norm(mut list: GradList, ordinal: usize, clip: ClipNorm)
     if pending.is_ok() {
         list.put_back()?; // whether they were scaled, the device knows; if not, they are what they were
     }
-    deferred(pending, list)
+    Deferred::of_call(pending, list.into_variables())
 }
 
 pub(super) fn clip_grad_value(mut list: GradList, ordinal: usize, clip: ClipValue) -> Result<Deferred<ValueReport>> {
@@ -43,14 +43,7 @@ pub(super) fn clip_grad_value(mut list: GradList, ordinal: usize, clip: ClipValu
     if pending.is_ok() {
         list.put_back()?;
     }
-    deferred(pending, list)
-}
-
-fn deferred<R: Report>(pending: Result<Pending<R>>, list: GradList) -> Result<Deferred<R>> {
-    match pending {
-        Ok(pending) => Ok(Deferred::on_device(pending, list.into_variables())),
-        Err(error) => Err(list.name_in(error)),
-    }
+    Deferred::of_call(pending, list.into_variables())
 }
 
 fn device_grads(list: &GradList, ordinal: usize) -> Vec<TorchGrad> {
@@ -121,18 +114,13 @@ fn look_up(library: &str) -> Result<CurrentStream> {
     };
     // SAFETY: where a CUDA tensor is, this library is in the process already, so that opening it by its name finds that
     // one, and runs no initialiser.
-    let library = unsafe { Library::new(library) }.map_err(|error| missing(reason(&error)))?;
+    let library = unsafe { Library::new(library) }.map_err(|error| missing(cuda::loader_text(&error)))?;
     // SAFETY: the type is that of the declaration in the header named above.
     let function = unsafe { library.get::<CurrentStream>(CURRENT_STREAM.as_bytes()) }
         .map(|symbol| *symbol)
-        .map_err(|error| missing(reason(&error)))?;
+        .map_err(|error| missing(cuda::loader_text(&error)))?;
     std::mem::forget(library); // the function must stay
     Ok(function)
-}
-
-/// What the system's loader says; libloading's own text is only "dlopen failed".
-fn reason(error: &libloading::Error) -> String {
-    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 #[cfg(test)]
