@@ -1,5 +1,5 @@
 //! The formula: from the norm to the coefficient and to what is done with it. Twin of `decide` in
-//! `kernels/clip_coef.cu`, bit for bit.
+//! `kernels/decide.cuh`, bit for bit.
 
 use crate::abi::action;
 use crate::options::{ClipNorm, NonFinite};

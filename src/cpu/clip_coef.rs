@@ -1,4 +1,4 @@
-//! Stage 2: the partials to the norm. Twin of `kernels/clip_coef.cu` and `kernels/fold.cuh`; the formula itself is in
+//! Stage 2: the partials to the norm. Twin of `kernels/clip_coef.cu`, `kernels/fold.cuh` and `norm_of`; the formula itself is in
 //! `src/clip_coef.rs`.
 
 use super::partial::{xor_tree, Partial, RANGE_FACTOR, RANGE_FACTOR_INVERSE};

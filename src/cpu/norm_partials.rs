@@ -1,5 +1,5 @@
-//! Stage 1: one partial for each tile. Twin of `kernels/norm_partials.cu`: the same additions in the same order, laid
-//! out for vector registers instead of lanes of a warp.
+//! Stage 1: one partial for each tile. Twin of `kernels/norm_partials.cu`, `tile.cuh` and `segment.cuh`: the same
+//! additions in the same order, laid out for vector registers instead of lanes of a warp.
 
 use super::element::CpuElement;
 use super::isa::{Isa, Kernel, Simd};
