@@ -1,7 +1,7 @@
 //! Device and pinned memory that a clipper keeps.
 
 use super::driver::{allocation_error, driver_error, CurrentContext, HomeThread};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use cudarc::driver::{result, CudaStream};
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -83,6 +83,67 @@ impl Drop for DeviceBuffer {
     }
 }
 
+/// Device memory that grows, never shrinks, and is reused by every call. A captured graph goes on using what it was
+/// captured with, so that is never freed.
+#[derive(Debug, Default)]
+pub(crate) struct GrowBuffer {
+    memory: Option<DeviceBuffer>,
+    /// Used by captured graphs only. Here to be counted.
+    retired: Vec<DeviceBuffer>,
+}
+
+impl GrowBuffer {
+    /// 0 until something has been reserved.
+    pub(crate) fn address(&self) -> u64 {
+        self.memory.as_ref().map_or(0, DeviceBuffer::address)
+    }
+
+    /// Room for `bytes`. What was there is lost if it has to grow, which it cannot while capturing.
+    pub(crate) fn reserve(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        what: &'static str,
+        bytes: usize,
+        capturing: bool,
+    ) -> Result<()> {
+        if self.memory.as_ref().map_or(0, DeviceBuffer::bytes) < bytes {
+            if capturing {
+                return Err(Error::CaptureNeedsWarmup { what });
+            }
+            let grown = DeviceBuffer::new(stream, what, bytes)?;
+            self.retire();
+            self.memory = Some(grown);
+        }
+        if capturing {
+            self.leave_to_graphs();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn leave_to_graphs(&mut self) {
+        if let Some(memory) = &mut self.memory {
+            memory.leave_to_graphs();
+        }
+    }
+
+    /// Lets go of what graphs use, so that it is never written from the host again.
+    pub(crate) fn give_up_to_graphs(&mut self) {
+        if self.memory.as_ref().is_some_and(DeviceBuffer::is_left_to_graphs) {
+            self.retire();
+        }
+    }
+
+    /// In use, by graphs too.
+    pub(crate) fn bytes(&self) -> usize {
+        self.memory.iter().chain(&self.retired).map(DeviceBuffer::bytes).sum()
+    }
+
+    /// Lets go of the memory: to the driver, or to the graphs that were captured with it.
+    fn retire(&mut self) {
+        self.retired.extend(self.memory.take().filter(DeviceBuffer::is_left_to_graphs));
+    }
+}
+
 /// Page-locked host memory, from which a copy to the device is asynchronous. Whoever owns it waits for the copies before
 /// it is dropped.
 #[derive(Debug)]
@@ -123,7 +184,7 @@ impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         let Ok(_current) = CurrentContext::enter(self.stream.context()) else { return };
         // SAFETY: allocated above by malloc_host and freed once. No copy from it is in flight: the documentation of
-        // cuMemFreeHost promises no wait, so the owner has waited (`Staging` in workspace.rs).
+        // cuMemFreeHost promises no wait, so the owner has waited (`Staging` in device_table.rs).
         let _ = unsafe { result::free_host(self.pointer) };
     }
 }

@@ -8,6 +8,7 @@
 //! own `CudaContext::new` panics.
 
 mod clipper;
+mod device_table;
 mod driver;
 mod kernels;
 mod launch;
