@@ -28,7 +28,7 @@ constexpr u32 kFoldThreads = 1024;                             // block size of 
 constexpr u32 kBlocksPerMultiprocessor = 4;
 
 enum Dtype : u32 { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
-enum NormType : u32 { kL1 = 0, kL2 = 1, kInf = 2 };
+enum NormType : u32 { kL1 = 0, kL2 = 1, kInf = 2, kP = 3 };
 enum NonFinite : u32 { kSkip = 0, kZero = 1, kPropagate = 2 };
 
 // What the apply stage has to do with the gradients.
@@ -60,6 +60,7 @@ struct ClipParams {
   double max_norm;
   const double* max_norm_at;  // if not null, where the threshold is instead: a captured graph can be given another one
   double eps;
+  double p;  // order of the norm if norm_type is kP, and not 1, 2 or infinite
   u32 norm_type;
   u32 nonfinite;
 };

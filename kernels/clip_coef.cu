@@ -1,33 +1,48 @@
 // Stage 2: the partials to the norm, the norm to the coefficient, on the device.
 //
 //   launch   one block of kFoldThreads
-//   reads    8 bytes a tile (12 in a list with f64); writes one ReportSlot
+//   reads    8 bytes a tile (16 where there are scales); writes one ReportSlot
 //   empty    no tiles: the norm is 0 and nothing is clipped
 //   NaN/Inf  the norm is NaN if any element is, else Inf; what happens then is the caller's choice (NonFinite)
 #include "decide.cuh"
 #include "fold.cuh"
 
-extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
-    clip_coef(const double* sums, const int* scales, gradclip::u32 num_tiles, gradclip::ClipParams params,
-              gradclip::ReportSlot* report) {
-  using namespace gradclip;
+namespace gradclip {
+
+__device__ __forceinline__ void clip_coef(const double* sums, const double* scales, u32 num_tiles,
+                                          const ClipParams& params, NormOrder order, ReportSlot* report) {
   GRADCLIP_SHARED_ARRAY(Partial, partial_slots, kWarpThreads);
   GRADCLIP_SHARED_ARRAY(u64, tile_slots, kWarpThreads);
-  Partial mine = {0.0, 0};
+  Partial mine = {0.0, 1.0};
   u64 first_bad_tile = kNoTile;
   for (u32 tile = thread_index(); tile < num_tiles; tile += kFoldThreads) {
-    const Partial partial = {sums[tile], scales ? scales[tile] : 0};
+    const Partial partial = {sums[tile], scales ? scales[tile] : 1.0};
     if (!is_finite(partial.sum) && first_bad_tile == kNoTile) first_bad_tile = tile;
-    mine = combine(params.norm_type, mine, partial);
+    mine = combine(order, mine, partial);
   }
-  const u32 norm_type = params.norm_type;
-  const Partial total =
-      fold_block(mine, partial_slots, [norm_type](Partial a, Partial b) { return combine(norm_type, a, b); });
+  const Partial total = fold_block(mine, partial_slots, [order](Partial a, Partial b) { return combine(order, a, b); });
   first_bad_tile = fold_block(first_bad_tile, tile_slots, [](u64 a, u64 b) { return a < b ? a : b; });
   if (thread_index() == 0) {
     report->first_bad_tile = first_bad_tile;
     report->clipped_elements = 0;
     report->nan_elements = 0;
-    decide(params, threshold_of(params), norm_of(norm_type, total), report);
+    decide(params, threshold_of(params), norm_of(order, total), report);
   }
+}
+
+}  // namespace gradclip
+
+// L1, L2, Inf.
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+    clip_coef(const double* sums, const double* scales, gradclip::u32 num_tiles, gradclip::ClipParams params,
+              gradclip::ReportSlot* report) {
+  if (params.norm_type == gradclip::kP) return;  // never launched with it; so the compiler leaves the powers out
+  gradclip::clip_coef(sums, scales, num_tiles, params, params.norm_type, report);
+}
+
+// Any order. A kernel of its own, so that the usual one stays as short as it is.
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+    clip_coef_p(const double* sums, const double* scales, gradclip::u32 num_tiles, gradclip::ClipParams params,
+                gradclip::ReportSlot* report) {
+  gradclip::clip_coef(sums, scales, num_tiles, params, {gradclip::kP, params.p}, report);
 }

@@ -44,13 +44,11 @@ __device__ __forceinline__ void decide(const ClipParams& params, double max_norm
   report->action = action;
 }
 
-__device__ __forceinline__ double norm_of(u32 norm_type, Partial total) {
+__device__ __forceinline__ double norm_of(NormOrder order, Partial total) {
   if (is_nan(total.sum)) return f64_from_bits(kNaN64);
-  if (norm_type == kInf) return total.sum;
-  double norm = norm_type == kL2 ? sqrt(total.sum) : total.sum;
-  if (total.scale > 0) norm = mul(norm, kRangeFactor);
-  if (total.scale < 0) norm = mul(norm, kRangeFactorInverse);
-  return norm;
+  if (order.type == kInf || total.sum == 0.0 || !is_finite(total.sum)) return total.sum;
+  if (order.type == kP) return scaled_root(total.sum, total.scale, order.p);
+  return mul(order.type == kL2 ? sqrt(total.sum) : total.sum, total.scale);
 }
 
 }  // namespace gradclip

@@ -39,6 +39,7 @@ __device__ __forceinline__ float mul(float a, float b) { return __nvvm_mul_rn_f(
 __device__ __forceinline__ float fma(float a, float b, float c) { return __nvvm_fma_rn_f(a, b, c); }
 __device__ __forceinline__ double add(double a, double b) { return __nvvm_add_rn_d(a, b); }
 __device__ __forceinline__ double mul(double a, double b) { return __nvvm_mul_rn_d(a, b); }
+__device__ __forceinline__ double fma(double a, double b, double c) { return __nvvm_fma_rn_d(a, b, c); }
 __device__ __forceinline__ double div(double a, double b) { return __nvvm_div_rn_d(a, b); }
 __device__ __forceinline__ double sqrt(double a) { return __nvvm_sqrt_rn_d(a); }
 
@@ -56,6 +57,7 @@ __device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b);
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double mul(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ __forceinline__ double div(double a, double b) { return __ddiv_rn(a, b); }
 __device__ __forceinline__ double sqrt(double a) { return __dsqrt_rn(a); }
 

@@ -8,10 +8,6 @@ namespace gradclip {
 
 static_assert(kFoldThreads == kWarpThreads * kWarpThreads, "the second level of the tree is one warp");
 
-__device__ __forceinline__ Partial shfl_xor(Partial p, u32 mask) {
-  return {shfl_xor(p.sum, mask), static_cast<int>(shfl_xor(static_cast<u32>(p.scale), mask))};
-}
-
 // `slots` has kWarpThreads places in shared memory. All threads get the result of warp 0; thread 0's is the fold.
 template <class Value, class Combine>
 __device__ __forceinline__ Value fold_block(Value value, Value* slots, const Combine& combine) {

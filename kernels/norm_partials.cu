@@ -7,26 +7,9 @@
 //   NaN/Inf  carry into the sum; an infinite or NaN sum means that the tile holds such a value
 #include "tile.cuh"
 
-namespace gradclip {
-
-template <u32 kNorm>
-__device__ __forceinline__ void norm_partials(const TensorTable& table, u32 num_tiles, double* sums, int* scales) {
-  GRADCLIP_SEGMENT_SLOTS(slots);
-  for (u32 tile = block_index(); tile < num_tiles; tile += grid_blocks()) {
-    const TensorDesc desc = find_tensor(table, tile);
-    const Partial partial = fold_segments(kNorm, segment_partial_of<kNorm>(desc, tile), slots);
-    if (thread_index() == 0) {
-      sums[tile] = partial.sum;
-      if (scales) scales[tile] = partial.scale;
-    }
-  }
-}
-
-}  // namespace gradclip
-
 #define GRADCLIP_NORM_PARTIALS(symbol, norm)                                                                  \
   extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)                                        \
-      symbol(const gradclip::TensorTable table, gradclip::u32 num_tiles, double* sums, int* scales) {         \
+      symbol(const gradclip::TensorTable table, gradclip::u32 num_tiles, double* sums, double* scales) {         \
     gradclip::norm_partials<gradclip::norm>(table, num_tiles, sums, scales);                                  \
   }
 

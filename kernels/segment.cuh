@@ -138,6 +138,39 @@ struct WideChains {
   __device__ __forceinline__ double of_warp() { return warp_sum(lane_sum<T>(chain)); }
 };
 
+// Any order: each term is at most 1, as the largest magnitude of the segment has been found before.
+template <class T>
+struct PowerChains {
+  double p;
+  Log2 largest;
+  WideChain<L1> chain[T::kPackNumel];
+
+  __device__ __forceinline__ void add_row(const Pack& pack) {
+#pragma unroll
+    for (u32 j = 0; j < T::kPackNumel; ++j) {
+      const typename T::Bits magnitude = element<T>(pack, j) & T::kAbsMask;
+      const double x = static_cast<double>(T::real(magnitude));
+      chain[j].sum = add(chain[j].sum, power_of_ratio<T::kSize == 8>(x, largest, p));
+    }
+  }
+  __device__ __forceinline__ double of_warp() { return warp_sum(lane_sum<T>(chain)); }
+};
+
+template <class T>
+__device__ __forceinline__ Partial power_sum(const TensorView<T>& tensor, u64 first, double p) {
+  LargestMagnitude<T> largest;
+  walk_segment(tensor, first, largest);
+  const u64 bits = largest.of_warp();
+  const double scale = magnitude_value<T>(bits);
+  if (bits == 0) return {0.0, 1.0};
+  if (bits >= T::kInfBits) return {scale, f64_from_bits(kInf64)};
+  PowerChains<T> chains;
+  chains.p = p;
+  chains.largest = log2_of(scale);
+  walk_segment_guarded(tensor, first, chains);
+  return {chains.of_warp(), scale};
+}
+
 // A segment whose fast sum is not safe: all zero, not finite, or out of range. Read again (from cache), and added up in
 // f64 in the same order.
 template <class Norm, class T>
@@ -145,39 +178,43 @@ __device__ __forceinline__ Partial rescued_sum(const TensorView<T>& tensor, u64 
   LargestMagnitude<T> largest;
   walk_segment_guarded(tensor, first, largest);
   const u64 bits = largest.of_warp();
-  if (bits == 0 || bits >= T::kInfBits) return {magnitude_value<T>(bits), 0};
+  if (bits == 0 || bits >= T::kInfBits) return {magnitude_value<T>(bits), 1.0};
   WideChains<T, Norm> chains;
   chains.factor = 1.0;
-  int scale = 0;
+  double scale = 1.0;
   if constexpr (T::kSize == 8) {
-    scale = fast_sum < kSmallestSafeF64Squares ? -1 : 1;
-    chains.factor = scale < 0 ? kRangeFactor : kRangeFactorInverse;
+    const bool small = fast_sum < kSmallestSafeF64Squares;
+    scale = small ? kRangeFactorInverse : kRangeFactor;
+    chains.factor = small ? kRangeFactor : kRangeFactorInverse;
   }
   walk_segment_guarded(tensor, first, chains);
   return {chains.of_warp(), scale};
 }
 
+// `p` is read for kP only.
 template <u32 kNorm, class T>
-__device__ __forceinline__ Partial segment_partial(const TensorView<T>& tensor, u64 first) {
-  if (first >= tensor.numel) return {0.0, 0};
+__device__ __forceinline__ Partial segment_partial(const TensorView<T>& tensor, u64 first, double p) {
+  if (first >= tensor.numel) return {0.0, 1.0};
   if constexpr (kNorm == kInf) {
     LargestMagnitude<T> largest;
     walk_segment(tensor, first, largest);
-    return {magnitude_value<T>(largest.of_warp()), 0};
+    return {magnitude_value<T>(largest.of_warp()), 1.0};
+  } else if constexpr (kNorm == kP) {
+    return power_sum<T>(tensor, first, p);
   } else {
     using Norm = typename NormOf<kNorm>::Type;
     Chains<T, typename FastChain<Norm, T>::Type> chains;
     walk_segment(tensor, first, chains);
     const double sum = chains.of_warp();
-    return in_safe_range<Norm, T>(sum) ? Partial{sum, 0} : rescued_sum<Norm, T>(tensor, first, sum);
+    return in_safe_range<Norm, T>(sum) ? Partial{sum, 1.0} : rescued_sum<Norm, T>(tensor, first, sum);
   }
 }
 
 template <u32 kNorm, class T>
-__device__ __forceinline__ Partial segment_partial(const TensorDesc& desc, u32 tile) {
+__device__ __forceinline__ Partial segment_partial(const TensorDesc& desc, u32 tile, double p) {
   const TensorView<T> tensor = {desc.address, desc.numel};
   const u64 segment = static_cast<u64>(tile - desc.first_tile) * kSegmentsPerTile + thread_index() / kWarpThreads;
-  return segment_partial<kNorm, T>(tensor, segment * (kSegmentBytes / T::kSize));
+  return segment_partial<kNorm, T>(tensor, segment * (kSegmentBytes / T::kSize), p);
 }
 
 }  // namespace gradclip

@@ -30,7 +30,7 @@ does not apply is null.
 | `peer` | `torch`, `optax` or `exact` (no peer was asked) |
 | `op` | `clip_grad_norm`, `clip_grad_value` or `total_norm` |
 | `max_norm` | the threshold of `clip_grad_norm` |
-| `norm_type` | `1`, `2` or `inf`; in `other_orders.json` also `0.5`, `1.5`, `4`; null for `clip_grad_value` |
+| `norm_type` | `1`, `2` or `inf`; in `other_orders.json` any other order, as the f64 nearest to it; null for `clip_grad_value` |
 | `eps` | added to the norm in the denominator: 1e-6 for torch, 0 for optax and exact; `clip_grad_norm` only |
 | `lo`, `hi` | the bounds of `clip_grad_value` |
 | `grads` | the input list, in order: `{"dtype": "f32" or "f64" or "f16" or "bf16", "bits": values}` |
@@ -66,6 +66,7 @@ but the norm is beyond the largest f64.
 """
 
 import argparse
+import decimal
 import json
 import math
 import os
@@ -108,7 +109,7 @@ TOLERANCE_ULPS = 4
 
 TORCH_EPS = 1e-6  # the constant inside clip_grad_norm_
 
-SIZE_LIMIT = 1_500_000  # bytes, all files together
+SIZE_LIMIT = 1_700_000  # bytes, all files together
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def exact_norm(grads, norm_type):
     if norm_type == "inf":
         return max((bits64(abs(to_float(g.fmt, b))) for g in grads for b in g.bits), default=0)
     if norm_type not in ("1", "2", "4"):
-        return fractional_norm(grads, Decimal(norm_type))
+        return fractional_norm(grads, Decimal(float(norm_type)))  # with every bit of the f64
     return root_of_power_sum(grads, int(norm_type))
 
 
@@ -334,15 +335,19 @@ def root_of_power_sum(grads, p):
 
 
 def fractional_norm(grads, p):
-    """The norm of an order that is no integer, to 120 decimal digits, then rounded.
+    """The norm of any order, to 120 decimal digits, then rounded.
 
-    The sum is irrational, so it cannot be exact; instead the digits are shown to decide the rounding."""
-    with localcontext(Context(prec=120)):
-        two, total = Decimal(2), Decimal(0)
-        for _, m, e, count in elements(grads):
-            if m:
-                total += count * (Decimal(m) * two**e) ** p
-        norm = total ** (1 / p)
+    The sum can be irrational, so it cannot be exact; instead the digits are shown to decide the rounding."""
+    with localcontext(Context(prec=120, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX)):
+        values = [(Decimal(m) * Decimal(2) ** e, count) for _, m, e, count in elements(grads)]
+        largest = max((value for value, _ in values), default=Decimal(0))
+        if not largest:
+            return 0
+        # Relative to the largest, so that an order of 1e300 leaves something.
+        total = sum(count * (value / largest) ** p for value, count in values if value)
+        norm = largest * total ** (1 / p)
+        if norm.adjusted() > 400:
+            return F64.inf
     slack = Fraction(1, 10**100)
     low, middle, high = (from_float(F64, Fraction(norm) * (1 + d)) for d in (-slack, 0, slack))
     assert low == middle == high, "too close to a rounding boundary for the digits that were carried"
@@ -685,13 +690,13 @@ def pytorch_norm_cases(norms):
         yield from clip_norm("torch_single", source, [grad("f32", range(1, 101))], 2, norm)
 
 
-def pytorch_nonfinite_cases():
+def pytorch_nonfinite_cases(norms):
     """A scalar times ones: in all elements, also behind a finite gradient, or in the first element only."""
     source = "pytorch test_nn.py test_clip_grad_norm_error_if_nonfinite"
     ones = constant("f64", 1, 10)
     for scalar in (math.inf, -math.inf, math.nan, 2e22, -2e22, 2e200, -2e200):
         everywhere, first_only = constant("f64", scalar, 10), grad("f64", [scalar] + [1] * 9)
-        for norm in NORMS:
+        for norm in norms:
             yield from clip_norm(f"torch_scalar_{scalar}_all", source, [everywhere], 1, norm)
             yield from clip_norm(f"torch_scalar_{scalar}_all_after_ones", source, [ones, everywhere], 1, norm)
             yield from clip_norm(f"torch_scalar_{scalar}_first", source, [first_only], 1, norm)
@@ -780,7 +785,7 @@ def burn_cases():
 
 def published_cases():
     yield from pytorch_norm_cases(NORMS)
-    yield from pytorch_nonfinite_cases()
+    yield from pytorch_nonfinite_cases(NORMS)
     yield from pytorch_other_cases()
     yield from apex_cases()
     yield from te_cases()
@@ -792,11 +797,37 @@ def published_cases():
 
 def other_order_cases():
     yield from pytorch_norm_cases(OTHER_NORMS)
+    yield from pytorch_nonfinite_cases(("0.1", "3.5"))  # torch's own other orders; its 0 and negative ones are refused
+    yield from edges_of_order()
     for norm in OTHER_NORMS:
         mixed = apex_grads(9, ("f32", "f16", "f64"))
         yield from clip_norm("mixed", "Apex contrib/test/clip_grad/test_clip_grad.py", mixed, 0.54321, norm)
         squares = [grad("f64", [1, 4, 9, 16])]
         yield from clip_norm("squares", "sums that are exact for half orders", squares, 1, norm)
+
+
+def edges_of_order():
+    """What overflows or vanishes on the way for some order, and orders from tiny to huge."""
+    lists = {
+        "one": [grad("f32", [-3.7])],
+        "two_1e20": [grad("f32", [1e20]), grad("f32", [1e20])],
+        "two_1e-30": [grad("f32", [1e-30, 1e-30])],
+        "f32_subnormal": [raw("f32", [1, 2, 0x7FFFFF, 0x800000])],
+        "f16_all_sizes": [grad("f16", [60000, -300, 6e-8, 1, 0])],
+        "f64_ends": [grad("f64", [1e300, -1e300, 5e-324, 0, 1])],
+        "f64_subnormal": [raw("f64", [1, 3, (1 << 52) - 1])],
+        "zeros": [grad("bf16", [0, 0]), grad("f64", [0])],
+        "equal": [table("f32", [0.7], 1000)],
+        "decades": [grad("f64", [10.0**k for k in range(-9, 10)])],
+    }
+    for norm in ("0.01", "0.5", "3", "10.7", "100", "1e300"):
+        for name, grads in lists.items():
+            yield from clip_norm(f"order_{name}", EDGE, grads, 1e-3, norm)
+    rng = random.Random("orders")
+    for dtype in ALL_DTYPES:
+        values = [grad(dtype, [rng.gauss(0, 1e-2) for _ in range(21)]) for _ in range(2)]
+        for norm in ("0.5", "1.5", "3", "4", "10.7", "100"):
+            yield from clip_norm(f"order_normal_{dtype}", EDGE, values, 1e-2, norm)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1143,7 +1174,7 @@ FILES = {
     "edges.json": (edge_cases, "norm clipping at the edges"),
     "value.json": (value_cases, "value clipping: special values, bounds, random lists"),
     "random.json": (random_cases, "random lists of one and of mixed dtypes, odd sizes, all bit patterns"),
-    "other_orders.json": (other_order_cases, "norms of order 0.5, 1.5 and 4"),
+    "other_orders.json": (other_order_cases, "norms of other orders, from 0.01 to 1e300"),
     "invalid_thresholds.json": (invalid_threshold_cases, "negative and NaN thresholds, crossed bounds"),
 }
 
@@ -1177,6 +1208,8 @@ def readme_text(cases_of):
         f"Made with {made_with}. To regenerate:",
         f"    {setup}\n    python scripts/golden.py            # --check: write nothing, fail if a file would change",
         file_table(cases_of),
+        "`log2_exp2.txt` is no list of cases: logarithms and exponentials to 106 bits, for the tests of the CPU path's own.\n"
+        "Each line has the function, the argument, the f64 nearest to the result and the f64 nearest to what that leaves.",
         "## Format",
         form,
         "## Where a peer is wrong",
@@ -1270,6 +1303,32 @@ def self_check():
     assert from_float(F64, 5e-324 / 1) == 1 and round_ratio(F64, False, 1, 2, -1074) == 0
 
 
+def log2_and_exp2():
+    """log2(x) and 2^z to 106 bits: function, argument, the nearest f64, and the f64 nearest to the rest."""
+    rng = random.Random("log2 and exp2")
+    root = math.sqrt(0.5)
+    logs = [1.0, root, 2 * root, sys.float_info.min, sys.float_info.max, 5e-324, 2.0**-1022 - 5e-324, 0.75, 3.0, 10.0]
+    logs += [near for x in (1.0, root, 2 * root, 2.0) for near in (math.nextafter(x, 0), math.nextafter(x, 9))]
+    logs += [float64(rng.randrange(1, F64.inf)) for _ in range(150)]
+    logs += [float64(rng.randrange(1, 1 << 52)) for _ in range(20)]
+    logs += [rng.uniform(root, 2 * root) for _ in range(150)]
+    logs += [1 + rng.choice((-1, 1)) * 2.0 ** -rng.uniform(1, 52) for _ in range(50)]
+    exps = [0.0, -0.0, 0.5, -0.5, -1.5, 1.5, 1.0, -1.0, -1000.0, 1000.0, 5e-324, -1e-300]
+    exps += [near for x in (0.5, -0.5, -1.0, -999.5) for near in (math.nextafter(x, -2e3), math.nextafter(x, 2e3))]
+    exps += [rng.uniform(-1000, 0) for _ in range(100)] + [rng.uniform(-1, 1) for _ in range(200)]
+    exps += [rng.uniform(0, 1000) for _ in range(50)]
+    lines = []
+    with localcontext(Context(prec=80)):
+        ln2 = Decimal(2).ln()
+        for name, arguments in (("log2", logs), ("exp2", exps)):
+            for x in arguments:
+                value = Decimal(x).ln() / ln2 if name == "log2" else (Decimal(x) * ln2).exp()
+                nearest = float(value)  # correctly rounded, by Python
+                rest = float(value - Decimal(nearest))
+                lines.append(" ".join([name, *(f"{bits64(v):016x}" for v in (x, nearest, rest))]))
+    return "\n".join(lines) + "\n"
+
+
 def generate():
     """Every file as its name and its text."""
     torch.set_num_threads(1)
@@ -1279,6 +1338,7 @@ def generate():
     assert max(names.values()) == 1, f"not unique: {[n for n, k in names.items() if k > 1]}"
     texts = {name: file_text(cases) for name, cases in cases_of.items()}
     texts["README.md"] = readme_text(cases_of)
+    texts["log2_exp2.txt"] = log2_and_exp2()
     total = sum(len(t.encode()) for t in texts.values())
     assert total < SIZE_LIMIT, f"{total} bytes: too large to commit"
     return texts

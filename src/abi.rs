@@ -38,6 +38,18 @@ pub mod action {
     pub const POISON: u32 = 3;
 }
 
+/// [`NormType`](crate::NormType) as the device knows it.
+pub mod norm_type {
+    /// Sum of magnitudes.
+    pub const L1: u32 = 0;
+    /// Root of the sum of squares.
+    pub const L2: u32 = 1;
+    /// Largest magnitude.
+    pub const INF: u32 = 2;
+    /// Any other order.
+    pub const P: u32 = 3;
+}
+
 /// [`NonFinite`](crate::NonFinite) as the device knows it; there, `Error` is `SKIP`.
 pub mod nonfinite {
     /// Leave the gradients alone.
@@ -84,7 +96,9 @@ pub struct ClipParams {
     pub max_norm_at: u64,
     /// Added to the norm in the quotient.
     pub eps: f64,
-    /// A [`NormType`](crate::NormType).
+    /// Order of the norm, if `norm_type` is [`norm_type::P`].
+    pub p: f64,
+    /// One of [`norm_type`].
     pub norm_type: u32,
     /// One of [`nonfinite`].
     pub nonfinite: u32,

@@ -19,6 +19,17 @@ pub enum Error {
         /// What was given.
         got: f64,
     },
+    /// A [`NormType::P`](crate::NormType::P) whose order is not positive. PyTorch takes such orders: 0 counts the
+    /// elements that are not zero, and a negative one goes by the smallest of them; neither scales with the gradients as
+    /// a norm has to.
+    #[error(
+        "a norm of order {got}: the order must be positive (below 1 is allowed, though no norm in the strict sense); 0 \
+         counts elements, and a negative order is no norm"
+    )]
+    InvalidNormType {
+        /// The order given.
+        got: f64,
+    },
     /// A threshold by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at)) that cannot be read.
     #[error("the address of max_norm, {address:#x}, {reason}")]
     ThresholdAddress {

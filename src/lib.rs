@@ -70,6 +70,7 @@
 //! ```
 //!
 //! * `max_norm` 0 makes every gradient 0; infinity only measures.
+//! * The norm is of order 2, 1, infinity or any other above 0: [`NormType`]. Powers neither overflow nor vanish.
 //! * [`NonFinite`] says what happens when the norm is NaN or infinite: `Skip`, `Zero`, `Propagate`, `Error`.
 //! * An empty list, and empty gradients anywhere in one, have norm 0 and are left alone.
 //! * Gradients that share memory are refused: they would be counted, and scaled, twice. (Where candle or tch gives

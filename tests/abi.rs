@@ -4,7 +4,7 @@
 mod support;
 
 use gradclip::abi::{self, ClampBounds, ClipParams, ReportSlot, TensorDesc, TensorTable};
-use gradclip::{Dtype, NormType};
+use gradclip::Dtype;
 use std::mem::{offset_of, size_of};
 use std::path::Path;
 use support::toolchain::{Build, Compiler};
@@ -42,13 +42,13 @@ fn both_halves_of_the_abi_agree() {
     let mut claims = Vec::new();
     layout!(claims, TensorDesc { address, numel, first_tile, dtype });
     layout!(claims, TensorTable { num_tensors, in_memory, inline_tensors });
-    layout!(claims, ClipParams { max_norm, max_norm_at, eps, norm_type, nonfinite });
+    layout!(claims, ClipParams { max_norm, max_norm_at, eps, p, norm_type, nonfinite });
     layout!(claims, ClampBounds { lo_f64, hi_f64, lo_f32, hi_f32, lo_f16, hi_f16, lo_bf16, hi_bf16 });
     layout!(
         claims,
         ReportSlot { total_norm, clip_coef, first_bad_tile, clipped_elements, nan_elements, coef_hi, coef_lo, action }
     );
-    let values: [(&str, u64); 28] = [
+    let values: [(&str, u64); 29] = [
         ("kPackBytes", abi::PACK_BYTES as u64),
         ("kWarpThreads", abi::WARP_THREADS as u64),
         ("kRowsPerSegment", abi::ROWS_PER_SEGMENT as u64),
@@ -64,9 +64,10 @@ fn both_halves_of_the_abi_agree() {
         ("kF64", Dtype::F64 as u64),
         ("kF16", Dtype::F16 as u64),
         ("kBF16", Dtype::BF16 as u64),
-        ("kL1", NormType::L1 as u64),
-        ("kL2", NormType::L2 as u64),
-        ("kInf", NormType::Inf as u64),
+        ("kL1", u64::from(abi::norm_type::L1)),
+        ("kL2", u64::from(abi::norm_type::L2)),
+        ("kInf", u64::from(abi::norm_type::INF)),
+        ("kP", u64::from(abi::norm_type::P)),
         ("kSkip", u64::from(abi::nonfinite::SKIP)),
         ("kZero", u64::from(abi::nonfinite::ZERO)),
         ("kPropagate", u64::from(abi::nonfinite::PROPAGATE)),

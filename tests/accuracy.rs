@@ -195,6 +195,59 @@ fn bf16_of_any_length() {
     all_lengths::<bf16>();
 }
 
+/// The worst error of each order, in its bound and printed: `cargo test --test accuracy -- --nocapture of_any_order`.
+fn any_order<T: Sample>()
+where
+    Vec<T>: AsGrad,
+{
+    let data = [Data::Normal, Data::LogNormal, Data::Uniform, Data::Constant, Data::Decreasing, Data::OneHuge];
+    for p in [0.01, 0.5, 1.5, 3.0, 4.0, 10.7, 100.0] {
+        let (mut worst, mut of_bound, mut normal) = (0.0f64, 0.0f64, 0.0f64);
+        for data in data {
+            for length in [1, 2, 3, 33, 128, 1000, 2049, 16385] {
+                let elements = data.of_length::<T>(NormType::L2, 1, length);
+                let error = error_of(data, NormType::P(p), &elements);
+                if length == 1 {
+                    assert_eq!(error, 0.0, "one element has a norm without rounding");
+                }
+                worst = worst.max(error);
+                of_bound = of_bound.max(error / tolerance::norm_of(T::DTYPE, length, NormType::P(p)));
+                normal = normal.max(if data == Data::Normal { error } else { 0.0 });
+            }
+        }
+        println!("| {} | {p} | {normal:.1e} | {worst:.1e} | {:.0} % of its bound |", T::DTYPE, 100.0 * of_bound);
+    }
+}
+
+#[test]
+fn f32_and_f64_of_any_order() {
+    any_order::<f32>();
+    any_order::<f64>();
+}
+
+#[test]
+fn f16_and_bf16_of_any_order() {
+    any_order::<f16>();
+    any_order::<bf16>();
+}
+
+/// From the smallest subnormal to the largest number: whatever the power, nothing of it is lost.
+#[test]
+fn any_order_of_every_exponent() {
+    let mut rng = SmallRng::seed_from_u64(6);
+    let mantissas: Vec<f64> = (0..40).map(|_| rng.random_range(1.0..2.0)).collect();
+    for exponent in -1074..1023 {
+        let elements: Vec<f64> = mantissas.iter().map(|x| x * power_of_two(exponent)).collect();
+        for p in [0.5, 3.0, 100.0] {
+            let (norm_type, list) = (NormType::P(p), std::slice::from_ref(&elements));
+            let (got, exact) =
+                (cpu::total_norm(list, norm_type).unwrap().total_norm, exact::norm(&elements, norm_type));
+            let bound = tolerance::norm_of(Dtype::F64, elements.len(), norm_type);
+            assert!(tolerance::close(got, exact, bound), "2^{exponent}, p = {p}: {got:e}, exact {exact:e}");
+        }
+    }
+}
+
 /// More tiles than there are threads that fold them, so that some fold two.
 #[test]
 fn more_than_one_row_of_tiles() {

@@ -208,9 +208,15 @@ fn units_and_steps() {
 #[test]
 fn tolerances_keep_the_promises() {
     for dtype in DTYPES {
-        for norm_type in [L1, L2, NormType::Inf] {
+        for norm_type in [L1, L2, NormType::Inf, NormType::P(0.5), NormType::P(10.7)] {
             let any_length = tolerance::norm_of(dtype, 1 << 34, norm_type);
             assert!(any_length <= tolerance::PROMISED_WORST_CASE, "{dtype} {norm_type:?}: {any_length:e}");
+        }
+    }
+    for dtype in DTYPES {
+        for p in [0.05, 0.5, 1.5, 100.0] {
+            let one_terabyte = tolerance::norm_of(dtype, 1 << 37, NormType::P(p));
+            assert!(one_terabyte <= tolerance::promised_on_normal_data(dtype), "{dtype} {p}: {one_terabyte:e}");
         }
     }
     for norm_type in [L1, L2] {

@@ -68,7 +68,7 @@ struct Trace {
     limited: Vec<Called<ValueReport>>,
 }
 
-const NORM_TYPES: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
+const NORM_TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5)];
 
 /// All functions on one list, at thresholds that reach from one in which every product is subnormal to one in which
 /// few are.
@@ -120,7 +120,7 @@ fn same_bits_under_every_setting(grads: &[Tensor]) {
 fn assert_same(got: &Trace, expected: &Trace, when: &str) {
     assert_eq!(got.measured, expected.measured, "norms {when}");
     for (i, (got, expected)) in got.clipped.iter().zip(&expected.clipped).enumerate() {
-        let (threshold, norm_type) = (SMALL[i / 3], NORM_TYPES[i % 3]);
+        let (threshold, norm_type) = (SMALL[i / NORM_TYPES.len()], NORM_TYPES[i % NORM_TYPES.len()]);
         assert_eq!(got.answer, expected.answer, "clip_grad_norm {threshold:e} {norm_type:?} {when}");
         assert!(got.bits == expected.bits, "gradients clipped by norm {threshold:e} {norm_type:?} {when}");
     }

@@ -77,7 +77,8 @@ fn kernels_and_cpu_path_agree() {
     let mut names = Vec::new();
     for (index, list) in lists().into_iter().enumerate() {
         let tensors: Vec<_> = list.iter().map(runner_tensor).collect();
-        for (variant, norm_type) in [NormType::L1, NormType::L2, NormType::Inf].into_iter().enumerate() {
+        let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01)];
+        for (variant, norm_type) in orders.into_iter().enumerate() {
             let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
             let clip = ClipNorm::new(1e-3).norm_type(norm_type).nonfinite(policy);
             let mut clipped = list.clone();
@@ -87,7 +88,7 @@ fn kernels_and_cpu_path_agree() {
                 operation: Operation::ClipNorm {
                     max_norm: 1e-3,
                     eps: 0.0,
-                    norm_type: norm_type as u32,
+                    norm_type,
                     nonfinite: ((index + variant) % 3) as u32,
                 },
                 table_in_memory: variant == 1,

@@ -25,8 +25,15 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tensor::{bits_of, first_nonfinite, Tensor};
 
+/// Norms in the strict sense.
 fn norm_types() -> impl Strategy<Value = NormType> {
-    select(&[NormType::L1, NormType::L2, NormType::Inf][..])
+    let others = [1.5, 3.0, 4.0, 10.7, 100.0].map(NormType::P);
+    prop_oneof![select(&[NormType::L1, NormType::L2, NormType::Inf][..]), select(others.to_vec())]
+}
+
+/// Those, and what is called a norm below order 1.
+fn all_orders() -> impl Strategy<Value = NormType> {
+    prop_oneof![3 => norm_types(), 1 => select([0.01, 0.5, 0.9].map(NormType::P).to_vec())]
 }
 
 /// Thresholds as parts of the norm: below it, far below it, around it, above it.
@@ -54,7 +61,7 @@ proptest! {
     #![proptest_config(config(300))]
 
     #[test]
-    fn norm_is_the_true_one(specs in finite_lists(), norm_type in norm_types()) {
+    fn norm_is_the_true_one(specs in finite_lists(), norm_type in all_orders()) {
         let grads = tensors(&specs);
         let (got, exact) = (total_norm(&grads, norm_type), exact::total_norm(&grads, norm_type));
         let bound = tolerance::norm(&grads, norm_type);
@@ -64,7 +71,7 @@ proptest! {
 
     /// Cutting tensors elsewhere, and listing the pieces in another order, adds in another order, no more.
     #[test]
-    fn norm_of_pieces_in_any_order(specs in finite_lists(), norm_type in norm_types(), seed in any::<u64>()) {
+    fn norm_of_pieces_in_any_order(specs in finite_lists(), norm_type in all_orders(), seed in any::<u64>()) {
         let grads = tensors(&specs);
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut pieces = Vec::new();
@@ -98,8 +105,19 @@ proptest! {
         prop_assert_eq!(total_norm(&scaled, norm_type), total_norm(&grads, norm_type) * factor);
     }
 
+    /// The larger the order, the smaller the norm; from above it goes to the largest element.
     #[test]
-    fn norm_does_not_see_signs_zeros_and_empties(specs in finite_lists(), norm_type in norm_types()) {
+    fn norm_falls_with_its_order(specs in finite_lists(), p in -5.0..8.0f64, factor in 0.0..3.0f64) {
+        let grads = tensors(&specs);
+        let orders = [p.exp2(), (p + factor).exp2(), 1e300];
+        let [low, high, huge] = orders.map(|p| total_norm(&grads, NormType::P(p)));
+        let slack = orders.map(|p| tolerance::norm(&grads, NormType::P(p))).iter().sum::<f64>();
+        prop_assert!(high <= low * (1.0 + slack) && huge <= high * (1.0 + slack), "{orders:?}: {low:e}, {high:e}, {huge:e}");
+        prop_assert!(tolerance::close(huge, total_norm(&grads, NormType::Inf), slack));
+    }
+
+    #[test]
+    fn norm_does_not_see_signs_zeros_and_empties(specs in finite_lists(), norm_type in all_orders()) {
         let grads = tensors(&specs);
         let mut others: Vec<Tensor> = grads
             .iter()

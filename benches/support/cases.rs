@@ -258,6 +258,7 @@ where
             fast("gradclip", |list| norm(list, NormType::L2)),
             fast("gradclip L1", |list| norm(list, NormType::L1)),
             fast("gradclip Inf", |list| norm(list, NormType::Inf)),
+            slow("gradclip P(3)", |list| norm(list, NormType::P(3.0))),
             slow("naive loop", |list| {
                 black_box(T::norm_by_loop(&list.grads));
             }),

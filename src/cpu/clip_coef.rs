@@ -1,13 +1,38 @@
 //! Stage 2: the partials to the norm. Twin of `kernels/clip_coef.cu`, `kernels/fold.cuh` and `norm_of`; the formula itself is in
 //! `src/clip_coef.rs`.
 
-use super::partial::{xor_tree, Partial, RANGE_FACTOR, RANGE_FACTOR_INVERSE};
+use super::isa::{Isa, Kernel, Simd};
+use super::partial::{xor_tree, Partial};
+use super::power::scaled_root;
 use crate::abi::{FOLD_THREADS, WARP_THREADS};
 use crate::clip_coef::CANONICAL_NAN;
 use crate::options::NormType;
 
 /// The norm over all tiles: thread t of the kernel takes tiles t, t + 1024, ..., then come two levels of xor trees.
 pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType) -> f64 {
+    match norm_type {
+        // Each step is a power, so it matters whether the processor's fma is used.
+        NormType::P(_) => Isa::detect().run(NormOf { partials, norm_type }),
+        _ => fold(partials, norm_type),
+    }
+}
+
+struct NormOf<'a> {
+    partials: &'a [Partial],
+    norm_type: NormType,
+}
+
+impl Kernel for NormOf<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> f64 {
+        fold(self.partials, self.norm_type)
+    }
+}
+
+#[inline(always)]
+fn fold(partials: &[Partial], norm_type: NormType) -> f64 {
     let mut threads = vec![Partial::default(); FOLD_THREADS];
     for row in partials.chunks(FOLD_THREADS) {
         for (thread, partial) in threads.iter_mut().zip(row) {
@@ -23,11 +48,14 @@ pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType) -> f64 {
     if total.sum.is_nan() {
         return CANONICAL_NAN;
     }
-    let norm = if norm_type == NormType::L2 { total.sum.sqrt() } else { total.sum };
-    match total.scale {
-        1 => norm * RANGE_FACTOR,
-        -1 => norm * RANGE_FACTOR_INVERSE,
-        _ => norm,
+    if total.sum == 0.0 || total.sum.is_infinite() {
+        return total.sum;
+    }
+    match norm_type {
+        NormType::Inf => total.sum,
+        NormType::L1 => total.sum * total.scale,
+        NormType::L2 => total.sum.sqrt() * total.scale,
+        NormType::P(p) => scaled_root(total.sum, total.scale, p),
     }
 }
 

@@ -11,6 +11,7 @@ mod isa;
 mod norm_partials;
 mod parallel;
 mod partial;
+mod power;
 mod scale;
 mod summation;
 
@@ -30,13 +31,14 @@ use crate::value_bounds;
 
 /// Norm over all gradients together.
 ///
-/// L2: `sqrt(sum(x^2))`; L1: `sum(|x|)`; Inf: `max(|x|)`. Of an empty list, or of empty gradients, 0. NaN if any
-/// element is NaN, else infinite if any is. Squares neither overflow nor vanish.
+/// L2: `sqrt(sum(x^2))`; L1: `sum(|x|)`; Inf: `max(|x|)`; P(p): `sum(|x|^p)^(1/p)`. Of an empty list, or of empty
+/// gradients, 0. NaN if any element is NaN, else infinite if any is. Squares and powers neither overflow nor vanish.
 ///
-/// Cost: reads each gradient once, writes nothing; all cores.
+/// Cost: reads each gradient once, writes nothing; all cores. [`NormType::P`] computes a logarithm and an exponential of
+/// each element in f64, which takes longer than reading it from memory.
 ///
 /// # Errors
-/// [`Error::Overlap`] if two gradients share memory.
+/// [`Error::Overlap`] if two gradients share memory; [`Error::InvalidNormType`] for an order that is not positive.
 ///
 /// ```
 /// use gradclip::{cpu, NormType};
@@ -58,7 +60,7 @@ pub fn total_norm<G: AsGrad>(grads: &[G], norm_type: NormType) -> Result<NormRep
 /// Cost: reads each gradient once; if it clips, reads and writes each once more. All cores.
 ///
 /// # Errors
-/// A threshold that is negative or NaN; gradients that share memory; a norm that is not finite, if the policy is
+/// A threshold that is negative or NaN, an order that is not positive; gradients that share memory; a norm that is not finite, if the policy is
 /// [`NonFinite::Error`]. Nothing is touched then.
 ///
 /// ```

@@ -7,8 +7,9 @@ use super::partial::{
     xor_tree, Partial, LARGEST_SAFE_F64, RANGE_FACTOR, RANGE_FACTOR_INVERSE, SMALLEST_SAFE_F32_SQUARES,
     SMALLEST_SAFE_F64_SQUARES,
 };
+use super::power::{self, Log2};
 use super::summation::{FastSum, LaneSums, Lines};
-use crate::abi::{SEGMENTS_PER_TILE, WARP_THREADS};
+use crate::abi::{PACK_BYTES, ROWS_PER_SEGMENT, SEGMENTS_PER_TILE, WARP_THREADS};
 use crate::dtype::Dtype;
 use crate::options::NormType;
 use std::hint::black_box;
@@ -36,6 +37,7 @@ pub(crate) fn tile_partials<T: FastSum>(isa: Isa, norm_type: NormType, elements:
         NormType::L1 => isa.run(SumTiles::<T, false> { elements, partials }),
         NormType::L2 => isa.run(SumTiles::<T, true> { elements, partials }),
         NormType::Inf => isa.run(MaxTiles { elements, partials }),
+        NormType::P(p) => isa.run(PowerTiles { elements, partials, p }),
     }
 }
 
@@ -121,9 +123,9 @@ fn rescued_sum<T: CpuElement, const L2: bool>(segment: &[T], fast_sum: f64) -> P
         return Partial::unscaled(T::magnitude_value(largest));
     }
     let (factor, scale) = match T::DTYPE {
-        Dtype::F64 if fast_sum < SMALLEST_SAFE_F64_SQUARES => (RANGE_FACTOR, -1),
-        Dtype::F64 => (RANGE_FACTOR_INVERSE, 1),
-        _ => (1.0, 0),
+        Dtype::F64 if fast_sum < SMALLEST_SAFE_F64_SQUARES => (RANGE_FACTOR, RANGE_FACTOR_INVERSE),
+        Dtype::F64 => (RANGE_FACTOR_INVERSE, RANGE_FACTOR),
+        _ => (1.0, 1.0),
     };
     let lane_sum = |lane: usize| {
         let chain = |j: usize| {
@@ -163,4 +165,70 @@ impl<T: FastSum> Kernel for MaxTiles<'_, T> {
             *partial = Partial::unscaled(T::magnitude_value(T::largest_magnitude_bits(tile)));
         }
     }
+}
+
+/// Sums of powers, each segment relative to its largest magnitude.
+struct PowerTiles<'a, T> {
+    elements: &'a [T],
+    partials: &'a mut [Partial],
+    p: f64,
+}
+
+impl<T: FastSum> Kernel for PowerTiles<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for (partial, tile) in self.partials.iter_mut().zip(self.elements.chunks(T::TILE_NUMEL)) {
+            let mut partials = [Partial::default(); SEGMENTS_PER_TILE];
+            for (partial, segment) in partials.iter_mut().zip(tile.chunks(T::SEGMENT_NUMEL)) {
+                *partial = power_sum(segment, self.p);
+            }
+            *partial = fold_segments(partials, NormType::P(self.p));
+        }
+    }
+}
+
+#[inline(always)]
+fn power_sum<T: FastSum>(segment: &[T], p: f64) -> Partial {
+    let largest = T::largest_magnitude_bits(segment);
+    let scale = T::magnitude_value(largest);
+    if largest == 0 {
+        return Partial::default();
+    }
+    if largest >= T::INF_BITS {
+        return Partial { sum: scale, scale: f64::INFINITY };
+    }
+    let largest = Log2::of(scale);
+    let mut padded;
+    let segment = if segment.len() == T::SEGMENT_NUMEL {
+        segment
+    } else {
+        padded = T::zeroed_segment();
+        let padded = &mut padded.as_mut()[..T::SEGMENT_NUMEL];
+        padded[..segment.len()].copy_from_slice(segment);
+        padded
+    };
+    // Two registers of AVX-512, four of AVX2. With 8 elements the compiler takes the loop apart and makes scalar code of
+    // it (0.08 thousand million elements a second of a Zen 5 core instead of 0.65); with 32 and 64 it is as fast.
+    const GROUP: usize = 16;
+    let mut chains = [0.0; WARP_THREADS * PACK_BYTES / 2];
+    let mut numel = T::ROW_NUMEL;
+    for (group, chains) in chains[..numel].as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
+        for row in 0..ROWS_PER_SEGMENT {
+            let elements = &segment[row * T::ROW_NUMEL + group * GROUP..][..GROUP];
+            for i in 0..GROUP {
+                chains[i] += power::term(elements[i], largest, p);
+            }
+        }
+    }
+    // The tree over a pack's chains, of all lanes at once: neighbours first.
+    while numel > WARP_THREADS {
+        numel /= 2;
+        for i in 0..numel {
+            chains[i] = chains[2 * i] + chains[2 * i + 1];
+        }
+    }
+    let lanes: [f64; WARP_THREADS] = std::array::from_fn(|lane| chains[lane]);
+    Partial { sum: xor_tree(lanes, |a, b| a + b), scale }
 }

@@ -5,7 +5,7 @@ use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::reports::{Pending, ReportRing};
 use super::workspace::Workspace;
-use crate::abi::{nonfinite, ClipParams};
+use crate::abi::{nonfinite, norm_type, ClipParams};
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, DeviceList};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
@@ -96,10 +96,12 @@ impl Clipper {
     /// # Errors
     /// As [`clip_grad_norm`](Self::clip_grad_norm).
     pub fn total_norm<G: DeviceGrad>(&mut self, grads: &[G], norm_type: NormType) -> Result<Pending<NormReport>> {
+        let clip = ClipNorm::measure_only(norm_type);
+        clip.validate()?;
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), false);
+        let pending = self.norm_stages(&clip, false);
         // After an error too: a stage that was launched before it may still be running.
         let released = self.list.release(grads, &self.stream);
         pending.and_then(|pending| released.map(|()| pending))
@@ -112,7 +114,7 @@ impl Clipper {
     /// [`NonFinite::Error`] has to wait for the norm).
     ///
     /// # Errors
-    /// A bad threshold or list, [`Error::WrongThread`]: nothing is touched. [`Error::CaptureNeedsWarmup`] and
+    /// A bad threshold, order or list, [`Error::WrongThread`]: nothing is touched. [`Error::CaptureNeedsWarmup`] and
     /// [`Error::NoReportSlot`] during capture. [`Error::Driver`] if a launch was refused: nothing is touched
     /// then either, since the last of the three launches is the only one that writes.
     pub fn clip_grad_norm<G: DeviceGradMut>(
@@ -196,9 +198,11 @@ impl Clipper {
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
+        self.kernels.prepare(clip.norm_type, capturing)?;
+        let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         let slot = self.reports.take(capturing)?;
         let report = self.reports.address(slot);
-        let (sums, scales) = (self.workspace.sums(), self.workspace.scales(&self.plan));
+        let sums = self.workspace.sums();
         let launcher = self.launcher();
         launcher
             .norm_partials(clip.norm_type, sums, scales)
@@ -266,7 +270,13 @@ fn clip_params(clip: &ClipNorm) -> ClipParams {
         max_norm: clip.max_norm,
         max_norm_at: clip.max_norm_at,
         eps: clip.eps,
-        norm_type: clip.norm_type as u32,
+        p: clip.norm_type.order(),
+        norm_type: match clip.norm_type {
+            NormType::L1 => norm_type::L1,
+            NormType::L2 => norm_type::L2,
+            NormType::Inf => norm_type::INF,
+            NormType::P(_) => norm_type::P,
+        },
         nonfinite: match clip.nonfinite {
             NonFinite::Skip | NonFinite::Error => nonfinite::SKIP,
             NonFinite::Zero => nonfinite::ZERO,

@@ -22,8 +22,13 @@ pub fn compiler() -> &'static str {
 /// One function for each symbol of `kernels/`.
 #[derive(Debug)]
 pub(crate) struct Kernels {
-    norm_partials: [CUfunction; 3],
+    norm_partials_l1: CUfunction,
+    norm_partials_l2: CUfunction,
+    norm_partials_inf: CUfunction,
+    /// Loaded when it is first needed.
+    norm_partials_p: Option<CUfunction>,
     pub clip_coef: CUfunction,
+    pub clip_coef_p: CUfunction,
     pub scale: CUfunction,
     pub clamp: CUfunction,
     pub clamp_counts: CUfunction,
@@ -42,19 +47,13 @@ impl Kernels {
         let clip_coef = modules.load("clip_coef")?;
         let scale = modules.load("scale")?;
         let clamp = modules.load("clamp")?;
-        let function = |module: CUmodule, symbol: &str| {
-            // Ours have no NUL in them.
-            let symbol = CString::new(symbol).unwrap_or_default();
-            // SAFETY: the module was loaded above.
-            unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
-        };
         Ok(Self {
-            norm_partials: [
-                function(norm_partials, "norm_partials_l1")?,
-                function(norm_partials, "norm_partials_l2")?,
-                function(norm_partials, "norm_partials_inf")?,
-            ],
+            norm_partials_l1: function(norm_partials, "norm_partials_l1")?,
+            norm_partials_l2: function(norm_partials, "norm_partials_l2")?,
+            norm_partials_inf: function(norm_partials, "norm_partials_inf")?,
+            norm_partials_p: None,
             clip_coef: function(clip_coef, "clip_coef")?,
+            clip_coef_p: function(clip_coef, "clip_coef_p")?,
             scale: function(scale, "scale")?,
             clamp: function(clamp, "clamp")?,
             clamp_counts: function(clamp, "clamp_counts")?,
@@ -62,14 +61,42 @@ impl Kernels {
         })
     }
 
-    pub(crate) fn norm_partials(&self, norm_type: NormType) -> CUfunction {
-        self.norm_partials[norm_type as usize]
+    /// Loads what a norm takes that most programs never ask for. `context` must be current; not while capturing.
+    pub(crate) fn prepare(&mut self, norm_type: NormType, capturing: bool) -> Result<()> {
+        if matches!(norm_type, NormType::P(_)) && self.norm_partials_p.is_none() {
+            if capturing {
+                return Err(Error::CaptureNeedsWarmup { what: ANY_ORDER });
+            }
+            let module = self.modules.load("norm_partials_p")?;
+            self.norm_partials_p = Some(function(module, "norm_partials_p")?);
+        }
+        Ok(())
+    }
+
+    /// After [`prepare`](Self::prepare) for the same.
+    pub(crate) fn norm_partials(&self, norm_type: NormType) -> Result<CUfunction> {
+        Ok(match norm_type {
+            NormType::L1 => self.norm_partials_l1,
+            NormType::L2 => self.norm_partials_l2,
+            NormType::Inf => self.norm_partials_inf,
+            NormType::P(_) => self.norm_partials_p.ok_or(Error::CaptureNeedsWarmup { what: ANY_ORDER })?,
+        })
     }
 
     /// Graphs may launch the kernels from now on, so they stay loaded: see `DeviceBuffer::leave_to_graphs`.
     pub(crate) fn leave_to_graphs(&mut self) {
         self.modules.captured = true;
     }
+}
+
+const ANY_ORDER: &str = "the kernel for norms of any order";
+
+/// `module` is loaded.
+fn function(module: CUmodule, symbol: &str) -> Result<CUfunction> {
+    // Ours have no NUL in them.
+    let symbol = CString::new(symbol).unwrap_or_default();
+    // SAFETY: the module is loaded, as the callers have just done.
+    unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
 }
 
 /// Loaded into the context, unloaded when dropped.

@@ -2,7 +2,7 @@
 
 use super::driver::driver_error;
 use super::kernels::Kernels;
-use crate::abi::{ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS};
+use crate::abi::{norm_type, ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS};
 use crate::error::Result;
 use crate::options::NormType;
 use cudarc::driver::sys::CUfunction;
@@ -30,18 +30,25 @@ fn arg<T>(value: &T) -> *mut c_void {
 impl Launcher<'_> {
     /// `sums[tile]` (and `scales[tile]`, unless null) for every tile. One block a tile: the hardware balances them.
     pub(crate) fn norm_partials(&self, norm_type: NormType, sums: u64, scales: u64) -> Result<()> {
-        let mut args = [arg(self.table), arg(&self.num_tiles), arg(&sums), arg(&scales)];
-        // SAFETY: the arguments mirror norm_partials_* in kernels/norm_partials.cu. The plan keeps every tile inside its
-        // tensor, the workspace has a place for each tile, and the caller of the clipper keeps the tensors alive.
-        unsafe { self.over_tiles("norm_partials", self.kernels.norm_partials(norm_type), self.num_tiles, &mut args) }
+        let p = norm_type.order();
+        let mut args = [arg(self.table), arg(&self.num_tiles), arg(&sums), arg(&scales), arg(&p)];
+        // Only the kernel for any order has the last one.
+        let count = args.len() - usize::from(!matches!(norm_type, NormType::P(_)));
+        let kernel = self.kernels.norm_partials(norm_type)?;
+        // SAFETY: the arguments mirror norm_partials_* in kernels/norm_partials.cu and norm_partials_p.cu. The plan keeps
+        // every tile inside its tensor, the workspace has a place for each tile, and the caller of the clipper keeps the
+        // tensors alive.
+        unsafe { self.over_tiles("norm_partials", kernel, self.num_tiles, &mut args[..count]) }
     }
 
     /// Partials to report.
     pub(crate) fn clip_coef(&self, params: &ClipParams, sums: u64, scales: u64, report: u64) -> Result<()> {
         let mut args = [arg(&sums), arg(&scales), arg(&self.num_tiles), arg(params), arg(&report)];
-        // SAFETY: the arguments mirror clip_coef in kernels/clip_coef.cu; the partials were written by the launch before
-        // on the same stream, the slot belongs to this call.
-        unsafe { self.one_block("clip_coef", self.kernels.clip_coef, &mut args) }
+        let any_order = params.norm_type == norm_type::P;
+        let kernel = if any_order { self.kernels.clip_coef_p } else { self.kernels.clip_coef };
+        // SAFETY: the arguments mirror clip_coef and clip_coef_p in kernels/clip_coef.cu; the partials were written by
+        // the launches before on the same stream, the slot belongs to this call.
+        unsafe { self.one_block("clip_coef", kernel, &mut args) }
     }
 
     /// Applies the report to the gradients.

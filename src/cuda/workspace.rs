@@ -1,13 +1,14 @@
 //! Device memory of the stages: partials, and the descriptor table of long lists. Grows, never shrinks, is reused by
 //! every call.
 //!
-//! Sizes: 8 bytes a tile, 4 more once a list holds f64; 24 bytes a tensor for lists of more than [`INLINE_TENSORS`], on
+//! Sizes: 8 bytes a tile, 8 more once a list holds f64 or its norm is of any other order than 1, 2 and infinity; 24 bytes a tensor for lists of more than [`INLINE_TENSORS`], on
 //! the device and in each pinned staging buffer.
 
 use super::device_table::DeviceTable;
 use super::memory::GrowBuffer;
 use crate::abi::{TensorDesc, TensorTable, INLINE_TENSORS};
 use crate::error::Result;
+use crate::options::NormType;
 use crate::plan::Plan;
 use bytemuck::Zeroable;
 use cudarc::driver::CudaStream;
@@ -39,9 +40,6 @@ impl Workspace {
     pub(crate) fn prepare(&mut self, plan: &Plan, capturing: bool) -> Result<()> {
         let tiles = plan.num_tiles() as usize;
         self.sums.reserve(&self.stream, "partials", tiles * size_of::<f64>(), capturing)?;
-        if plan.has_f64() {
-            self.scales.reserve(&self.stream, "scales", tiles * size_of::<i32>(), capturing)?;
-        }
         let descs = plan.descs();
         self.table.num_tensors = descs.len() as u64;
         if descs.len() <= INLINE_TENSORS {
@@ -64,13 +62,15 @@ impl Workspace {
         self.sums.address()
     }
 
-    /// One i32 for each tile; null if `plan` needs none.
-    pub(crate) fn scales(&self, plan: &Plan) -> u64 {
-        if plan.has_f64() {
-            self.scales.address()
-        } else {
-            0
+    /// The scales of the partials, one f64 for each tile; null where all are 1. `plan` is the one prepared last.
+    /// Allocates as [`prepare`](Self::prepare) does.
+    pub(crate) fn scales(&mut self, plan: &Plan, norm_type: NormType, capturing: bool) -> Result<u64> {
+        if !plan.has_f64() && !matches!(norm_type, NormType::P(_)) {
+            return Ok(0);
         }
+        let bytes = plan.num_tiles() as usize * size_of::<f64>();
+        self.scales.reserve(&self.stream, "scales", bytes, capturing)?;
+        Ok(self.scales.address())
     }
 
     /// Device memory in use.

@@ -3,6 +3,7 @@
 use std::process::Output;
 
 use crate::support::runner::{Case, Dtype, Operation, Outcome, Runner, Tensor};
+use gradclip::NormType;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -80,7 +81,7 @@ fn tensors(dtype: Dtype) -> Vec<Tensor> {
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
-        for norm_type in 0..3 {
+        for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0)] {
             cases.push((dtype, Operation::ClipNorm { max_norm: 1.0, eps: 0.0, norm_type, nonfinite: 0 }));
         }
         let clamp = Operation::Clamp { f64: [-9.0, 9.0], f32: [-9.0, 9.0], f16: [-1.0, 1.0], bf16: [-1.0, 1.0] };

@@ -17,6 +17,7 @@ inline float mul(float a, float b) { return a * b; }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline double add(double a, double b) { return a + b; }
 inline double mul(double a, double b) { return a * b; }
+inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
 inline double div(double a, double b) { return a / b; }
 inline double sqrt(double a) { return std::sqrt(a); }
 

@@ -2,6 +2,7 @@
 #include "host_kernels.h"
 
 #include "../../kernels/norm_partials.cu"
+#include "../../kernels/norm_partials_p.cu"
 #include "../../kernels/clip_coef.cu"
 #include "../../kernels/scale.cu"
 #include "../../kernels/clamp.cu"
@@ -16,7 +17,9 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(norm_partials_l1),
     TILE_KERNEL(norm_partials_l2),
     TILE_KERNEL(norm_partials_inf),
+    TILE_KERNEL(norm_partials_p),
     FOLD_KERNEL(clip_coef),
+    FOLD_KERNEL(clip_coef_p),
     TILE_KERNEL(scale),
     TILE_KERNEL(clamp),
     FOLD_KERNEL(clamp_counts),

@@ -146,7 +146,7 @@ class Case {
       num_tiles_ += static_cast<u32>((tensor.bytes() + kTileBytes - 1) / kTileBytes);
     }
     sums_ = filled<double>(num_tiles_);
-    scales_ = filled<int>(num_tiles_);
+    scales_ = filled<double>(num_tiles_);
     counts_ = filled<u64>(num_tiles_);
     report_ = filled<ReportSlot>(1);
   }
@@ -156,11 +156,15 @@ class Case {
     const u32 blocks = header_.blocks;
     if (header_.operation == 0) {
       static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf"};
-      if (header_.clip.norm_type > kInf) fail("no such norm");
-      int* scales = header_.with_scales ? scales_.get() : nullptr;
-      Arguments(kSymbols[header_.clip.norm_type])
-          .add(table()).add(num_tiles_).add(sums_.get()).add(scales).run(blocks, order);
-      Arguments("clip_coef")
+      const u32 norm_type = header_.clip.norm_type;
+      if (norm_type > kP) fail("no such norm");
+      const bool any_order = norm_type == kP;
+      double* scales = header_.with_scales || any_order ? scales_.get() : nullptr;
+      Arguments partials(any_order ? "norm_partials_p" : kSymbols[norm_type]);
+      partials.add(table()).add(num_tiles_).add(sums_.get()).add(scales);
+      if (any_order) partials.add(header_.clip.p);
+      partials.run(blocks, order);
+      Arguments(any_order ? "clip_coef_p" : "clip_coef")
           .add(sums_.get()).add(scales).add(num_tiles_).add(header_.clip).add(report_.get()).run(1, order);
       Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
     } else {
@@ -196,7 +200,7 @@ class Case {
   std::vector<std::unique_ptr<TensorMemory>> tensors_;
   std::unique_ptr<TensorDesc[]> descs_;
   std::unique_ptr<double[]> sums_;
-  std::unique_ptr<int[]> scales_;
+  std::unique_ptr<double[]> scales_;
   std::unique_ptr<u64[]> counts_;
   std::unique_ptr<ReportSlot[]> report_;
 };

@@ -4,7 +4,7 @@ use crate::suite::data::{tensor, Tensor};
 use crate::suite::device::OnDevice;
 use crate::support::double::{self, Double};
 use gradclip::cuda::{self, Clipper};
-use gradclip::{ClipNorm, ClipValue, Dtype, NormType};
+use gradclip::{ClipNorm, ClipValue, Dtype, NonFinite, NormType};
 
 fn list_of(count: usize) -> Vec<Tensor> {
     (0..count).map(|i| tensor(Dtype::F32, &[i as f64, 1.0, -2.0])).collect()
@@ -67,6 +67,33 @@ fn repeated_calls_only_launch() {
                     });
                     assert_only_launches(&counters, launches, &format!("{name}, {count} tensors"));
                 }
+            });
+        }
+    });
+}
+
+/// The kernel of other orders is loaded when it is first asked for, once; then such a call costs what the others do.
+#[test]
+fn any_order_costs_no_more_calls() {
+    with_bench(|mut bench| {
+        for count in [1, 161] {
+            let list = list_of(count);
+            let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+            device.with(&list, |grads| {
+                bench.count(|clipper| drop(clipper.clip_grad_norm(grads, 1.0).unwrap()));
+                for p in [0.5, 3.0, 1e300] {
+                    let clip = ClipNorm::new(1.0).norm_type(NormType::P(p)).nonfinite(NonFinite::Zero);
+                    let first = bench.count(|clipper| drop(clipper.clip_grad_norm(grads, clip).unwrap()));
+                    let loads = u64::from(count == 1 && p == 0.5);
+                    assert_eq!((first.launches, first.syncs, first.module_loads), (3, 0, loads), "{count}, {p}");
+                    let again = bench.count(|clipper| drop(clipper.clip_grad_norm(grads, clip).unwrap()));
+                    assert_only_launches(&again, 3, &format!("p = {p}, {count} tensors"));
+                    let measured = bench.count(|clipper| drop(clipper.total_norm(grads, NormType::P(p)).unwrap()));
+                    assert_only_launches(&measured, 2, &format!("p = {p}, {count} tensors, measured"));
+                }
+                // 1, 2 and infinity by number are the kernels that are there.
+                let named = bench.count(|clipper| drop(clipper.total_norm(grads, NormType::P(2.0)).unwrap()));
+                assert_only_launches(&named, 2, "p = 2");
             });
         }
     });

@@ -82,6 +82,26 @@ fn later_calls_do_not_disturb_a_captured_one() {
 }
 
 #[test]
+fn norms_of_any_order_are_captured() {
+    let Some(double) = double::lock() else { return };
+    let stream = stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let mut list = grads(&stream, 200);
+    let clip = |max_norm| ClipNorm::new(max_norm).norm_type(NormType::P(3.0));
+    let eager = clipper.clip_grad_norm(&mut list, clip(f64::INFINITY)).unwrap();
+    stream.begin_capture(MODE).unwrap();
+    let captured = clipper.clip_grad_norm(&mut list, clip(1.0)).unwrap();
+    let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+    drop(clipper); // its kernels stay: the graph launches them
+    graph.launch().unwrap();
+    let norm = captured.wait().unwrap().total_norm;
+    assert_eq!(norm, eager.wait().unwrap().total_norm);
+    assert!((norm / (200.0 * (27.0 + 64.0f64)).cbrt() - 1.0).abs() < 1e-14);
+    assert!(stream.clone_dtoh(&list[0]).unwrap()[0] < 0.2);
+    assert_eq!(double.violated_guards(), 0);
+}
+
+#[test]
 fn what_cannot_be_done_while_capturing_is_refused() {
     let Some(_double) = double::lock() else { return };
     let stream = stream();
@@ -96,6 +116,8 @@ fn what_cannot_be_done_while_capturing_is_refused() {
     clipper.clip_grad_norm(&mut list, f64::INFINITY).unwrap();
     stream.begin_capture(MODE).unwrap();
     assert!(needs(clipper.clip_grad_norm(&mut list[..190], 1.0).unwrap_err()), "another table");
+    let order = ClipNorm::new(1.0).norm_type(NormType::P(3.0));
+    assert!(needs(clipper.clip_grad_norm(&mut list, order).unwrap_err()), "the kernel for another order");
     let waits = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
     assert!(needs(clipper.clip_grad_norm(&mut list, waits).unwrap_err()), "a wait");
     stream.end_capture(FLAGS).ok();

@@ -47,6 +47,11 @@ fn random_lists() {
 }
 
 #[test]
+fn norms_of_other_orders() {
+    check_on_device("other_orders.json");
+}
+
+#[test]
 fn invalid_thresholds() {
     check_on_device("invalid_thresholds.json");
 }

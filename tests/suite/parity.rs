@@ -6,7 +6,9 @@ use crate::backend::{with_clipper, LARGE};
 use gradclip::cuda::Clipper;
 use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType};
 
-const NORM_TYPES: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
+const NORM_TYPES: [NormType; 6] =
+    [NormType::L1, NormType::L2, NormType::Inf, NormType::P(0.5), NormType::P(3.0), NormType::P(10.7)];
+const FURTHER_ORDERS: [f64; 8] = [5e-324, 1e-3, 0.01, 1.5, 4.0, 100.0, 1e300, f64::MAX];
 
 /// A report with NaN made comparable.
 fn report_bits(report: &NormReport) -> (u64, u64, bool, Option<usize>) {
@@ -162,13 +164,50 @@ fn values_out_of_range() {
                     let values: Vec<f64> =
                         (0..numel).map(|i| if i % 97 == 3 { value(high) } else { -value(low) }).collect();
                     let list = [tensor(dtype, &values)];
-                    for norm_type in [NormType::L1, NormType::L2] {
+                    for norm_type in [NormType::L1, NormType::L2, NormType::P(0.7), NormType::P(100.0)] {
                         let what = format!("{dtype}: 2^{low} and 2^{high}, {norm_type:?}");
                         for max_norm in [0.0, 1e-40, 1.0, 1e30] {
                             let clip = ClipNorm::new(max_norm).norm_type(norm_type);
                             assert_norm_parity(clipper, &list, clip, &what);
                         }
                     }
+                }
+            }
+        }
+    });
+}
+
+/// Orders from the smallest to the largest, over values that their powers would lose at once.
+#[test]
+fn norms_of_any_order() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(8);
+        for dtype in DTYPES {
+            let tile = 32 * 1024 / dtype.size();
+            let mut decades = source.tensor(dtype, 2 * tile + 77, 1);
+            let format = decades.values.values();
+            let spread = |(i, x): (usize, f64)| x * 10f64.powi(i as i32 % 9 - 4) * if i % 5 == 0 { 0.0 } else { 1.0 };
+            decades.values = Values::from_f64(dtype, format.into_iter().enumerate().map(spread).collect::<Vec<_>>());
+            let lists = [
+                vec![decades],
+                vec![tensor(dtype, &[-3.0])],
+                vec![tensor(dtype, &[0.0; 40])],
+                vec![tensor(dtype, &[1.5; 2000]), tensor(dtype, &[]), source.tensor(dtype, 3, 2)],
+            ];
+            for list in &lists {
+                for p in FURTHER_ORDERS {
+                    let norm_type = NormType::P(p);
+                    let what = format!("{dtype}, {} elements, p = {p:e}", list[0].values.numel());
+                    for nonfinite in [NonFinite::Skip, NonFinite::Zero] {
+                        let clip = ClipNorm::new(1e-3).norm_type(norm_type).nonfinite(nonfinite);
+                        assert_norm_parity(clipper, list, clip, &what);
+                    }
+                }
+                // The norms that have a name, by their order.
+                for (p, named) in [(1.0, NormType::L1), (2.0, NormType::L2), (f64::INFINITY, NormType::Inf)] {
+                    let by_order = device::total_norm(clipper, list, NormType::P(p)).unwrap();
+                    let by_name = cpu::total_norm(list, named).unwrap();
+                    assert_eq!(report_bits(&by_order), report_bits(&by_name), "p = {p}");
                 }
             }
         }
@@ -193,6 +232,7 @@ fn extremes_agree_with_the_cpu() {
                 for eps in [0.0, -0.0, 5e-324, 1e-6, f64::MAX] {
                     for policy in policies {
                         let clip = ClipNorm::new(max_norm).eps(eps).nonfinite(policy);
+                        let clip = if policy == NonFinite::Zero { clip.norm_type(NormType::P(0.6)) } else { clip };
                         let (mut on_cpu, mut on_device) = (list.clone(), list.clone());
                         let expected = cpu::clip_grad_norm(&mut on_cpu, clip);
                         let got = device::clip_grad_norm(clipper, &mut on_device, clip);

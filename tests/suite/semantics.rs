@@ -79,6 +79,48 @@ fn bad_thresholds_and_bounds_touch_nothing() {
 }
 
 #[test]
+fn orders_that_are_none_touch_nothing() {
+    with_clipper(|clipper| {
+        let mut list = [tensor(Dtype::F32, &[3.0, 4.0])];
+        let before = bits(&list);
+        for p in [0.0, -0.0, -1.0, f64::NEG_INFINITY, -5e-324, f64::NAN] {
+            let clip = ClipNorm::new(1.0).norm_type(NormType::P(p));
+            let errors = [
+                device::clip_grad_norm(clipper, &mut list, clip).unwrap_err(),
+                device::total_norm(clipper, &list, NormType::P(p)).unwrap_err(),
+                gradclip::cpu::clip_grad_norm(&mut list, clip).unwrap_err(),
+                gradclip::cpu::total_norm(&list, NormType::P(p)).unwrap_err(),
+            ];
+            for error in errors {
+                assert!(matches!(error, Error::InvalidNormType { got } if got.to_bits() == p.to_bits()), "{error}");
+                assert!(error.to_string().contains("must be positive"), "{error}");
+            }
+        }
+        assert_eq!(bits(&list), before);
+    });
+}
+
+/// Every element is finite, and the norm is not: the policy decides, and no tensor is to blame.
+#[test]
+fn a_norm_that_overflows_by_its_order() {
+    with_clipper(|clipper| {
+        let ones = [tensor(Dtype::F16, &[1.0; 1300])];
+        let order = |nonfinite| ClipNorm::new(1.0).norm_type(NormType::P(0.01)).nonfinite(nonfinite);
+        let mut list = ones.clone();
+        let report = clip(&mut list, order(NonFinite::Skip), clipper);
+        assert_eq!((report.total_norm, report.written, report.first_nonfinite), (f64::INFINITY, false, None));
+        let error = device::clip_grad_norm(clipper, &mut list, order(NonFinite::Error)).unwrap_err();
+        assert_eq!(error, Error::NonFinite { total_norm: f64::INFINITY, tensor: None });
+        assert_eq!(bits(&list), bits(&ones));
+        assert!(clip(&mut list, order(NonFinite::Zero), clipper).written);
+        assert_eq!(list[0].values.values(), [0.0; 1300]);
+        let finite = [tensor(Dtype::F16, &[1.0; 1200])];
+        let norm = device::total_norm(clipper, &finite, NormType::P(0.01)).unwrap().total_norm;
+        assert!((norm.ln() / (100.0 * 1200f64.ln()) - 1.0).abs() < 1e-13, "{norm:e}");
+    });
+}
+
+#[test]
 fn the_error_policy_waits_and_names_the_tensor() {
     with_clipper(|clipper| {
         let mut list = [tensor(Dtype::F32, &[3.0]), tensor(Dtype::F64, &[1.0, f64::INFINITY])];

@@ -1,5 +1,9 @@
-//! Norms without rounding: sums as fixed-point integers, rounded once, at the end.
+//! Norms without rounding: sums as fixed-point integers, rounded once, at the end. Those of any order in numbers of 106
+//! bits.
 #![allow(dead_code)] // every test binary uses a part
+
+#[path = "exact/double_double.rs"]
+pub mod double_double;
 
 use super::format::{Float, Format};
 use super::tensor::{with_values, Tensor};
@@ -26,7 +30,7 @@ impl ExactSum {
         let power = match norm_type {
             NormType::L1 => 1,
             NormType::L2 => 2,
-            other => panic!("{other:?} is no sum"),
+            other => panic!("{other:?} is not of order 1 or 2"),
         };
         Self { power, limbs: [0; LIMBS] }
     }
@@ -125,8 +129,11 @@ pub fn total_norm(tensors: &[Tensor], norm_type: NormType) -> f64 {
         return f64::NAN;
     }
     let largest = magnitudes().fold(0.0, f64::max);
-    if largest.is_infinite() || norm_type == NormType::Inf {
+    if largest.is_infinite() || largest == 0.0 || norm_type == NormType::Inf {
         return largest;
+    }
+    if let NormType::P(p) = norm_type {
+        return double_double::norm(magnitudes(), largest, p);
     }
     let mut sum = ExactSum::new(norm_type);
     for tensor in tensors {
@@ -137,6 +144,11 @@ pub fn total_norm(tensors: &[Tensor], norm_type: NormType) -> f64 {
 
 /// The norm of finite elements of one type, rounded once to f64.
 pub fn norm<T: Float>(elements: &[T], norm_type: NormType) -> f64 {
+    if let NormType::P(p) = norm_type {
+        let magnitudes = || elements.iter().map(|x| T::FORMAT.value(x.bits()).abs());
+        let largest = magnitudes().fold(0.0, f64::max);
+        return if largest > 0.0 { double_double::norm(magnitudes(), largest, p) } else { 0.0 };
+    }
     let mut sum = ExactSum::new(norm_type);
     sum.add(elements);
     sum.norm()

@@ -9,7 +9,8 @@ use std::{env, fs};
 
 use anyhow::{ensure, Context, Result};
 use bytemuck::{bytes_of, Zeroable};
-use gradclip::abi::{ClampBounds, ClipParams};
+use gradclip::abi::{norm_type, ClampBounds, ClipParams};
+use gradclip::NormType;
 
 use super::toolchain::{self, Build};
 
@@ -44,7 +45,7 @@ pub struct Tensor {
 #[derive(Debug, Clone, Copy)]
 pub enum Operation {
     /// norm_partials, clip_coef, scale.
-    ClipNorm { max_norm: f64, eps: f64, norm_type: u32, nonfinite: u32 },
+    ClipNorm { max_norm: f64, eps: f64, norm_type: NormType, nonfinite: u32 },
     /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
     Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
 }
@@ -79,7 +80,7 @@ const REPORT_BYTES: usize = 64;
 #[derive(Debug, Clone)]
 pub struct Outcome {
     pub sums: Vec<f64>,
-    pub scales: Vec<i32>,
+    pub scales: Vec<f64>,
     pub counts: Vec<u64>,
     pub report: Report,
     /// The data of each tensor afterwards.
@@ -207,7 +208,14 @@ impl Case {
         let (mut clip, mut bounds) = (ClipParams::zeroed(), ClampBounds::zeroed());
         match self.operation {
             Operation::ClipNorm { max_norm, eps, norm_type, nonfinite } => {
-                clip = ClipParams { max_norm, max_norm_at: 0, eps, norm_type, nonfinite };
+                clip = ClipParams {
+                    max_norm,
+                    max_norm_at: 0,
+                    eps,
+                    p: norm_type.order(),
+                    norm_type: tag_of(norm_type),
+                    nonfinite,
+                };
             }
             Operation::Clamp { f64, f32, f16, bf16 } => {
                 ([bounds.lo_f64, bounds.hi_f64], [bounds.lo_f32, bounds.hi_f32]) = (f64, f32);
@@ -225,6 +233,15 @@ impl Case {
             out.extend(&tensor.data);
         }
         Ok(())
+    }
+}
+
+fn tag_of(norm_type: NormType) -> u32 {
+    match norm_type {
+        NormType::L1 => norm_type::L1,
+        NormType::L2 => norm_type::L2,
+        NormType::Inf => norm_type::INF,
+        _ => norm_type::P,
     }
 }
 
@@ -266,7 +283,7 @@ impl Bytes<'_> {
         let num_tiles = self.word(u32::from_le_bytes)? as usize;
         Ok(Outcome {
             sums: self.words(num_tiles, f64::from_le_bytes)?,
-            scales: self.words(num_tiles, i32::from_le_bytes)?,
+            scales: self.words(num_tiles, f64::from_le_bytes)?,
             counts: self.words(num_tiles, u64::from_le_bytes)?,
             report: self.report()?,
             tensors: case

@@ -9,6 +9,7 @@ use super::format::Format;
 use super::tensor::{tiles, Tensor};
 use gradclip::abi::{FOLD_THREADS, ROWS_PER_SEGMENT, ROW_BYTES};
 use gradclip::{Dtype, NormType};
+use std::f64::consts::LN_2;
 
 const U: f64 = 1.0 / (1u64 << 24) as f64;
 const V: f64 = 1.0 / (1u64 << 53) as f64;
@@ -31,13 +32,45 @@ pub const PROMISED_WORST_CASE: f64 = 2e-6;
 /// of a tile; then each of [`FOLD_THREADS`] threads adds every 1024th tile, and 10 levels add up the threads. Changes
 /// of range are multiplications by powers of two: exact, or below 2^-170 of the sum.
 pub fn norm(tensors: &[Tensor], norm_type: NormType) -> f64 {
+    if let NormType::P(p) = norm_type {
+        return norm_of_any_order(tensors.iter().map(Tensor::numel).sum(), tiles(tensors), p);
+    }
     let lanes = tensors.iter().map(|tensor| lane_sum(tensor.dtype(), tensor.numel())).fold(0.0, f64::max);
     norm_of_sum(lanes, tiles(tensors), norm_type)
 }
 
 /// [`norm`] of one tensor.
 pub fn norm_of(dtype: Dtype, numel: usize, norm_type: NormType) -> f64 {
-    norm_of_sum(lane_sum(dtype, numel), (numel * dtype.size()).div_ceil(gradclip::abi::TILE_BYTES), norm_type)
+    let tiles = (numel * dtype.size()).div_ceil(gradclip::abi::TILE_BYTES);
+    if let NormType::P(p) = norm_type {
+        return norm_of_any_order(numel, tiles, p);
+    }
+    norm_of_sum(lane_sum(dtype, numel), tiles, norm_type)
+}
+
+/// Largest absolute error of the fraction of a logarithm to base 2, and relative one of an exponential:
+/// `src/cpu/power.rs` holds its functions to them.
+const LOG2_ERROR: f64 = 1.5 * V;
+const EXP2_ERROR: f64 = 2.0 * V;
+
+/// Any order, of any dtype: all is f64. A term is `2^z`, `z = p * (log2 x - log2 largest)`, and each of the combinations
+/// on its way (3 levels of a tile, one for each 1024 tiles, 10 levels of the fold) multiplies by such a power again.
+///
+/// The errors of the logarithms themselves cancel between one change of scale and the next, but for those of the element
+/// and of the last scale; the difference of two fractions is rounded each time, by V / 2. In the norm, a power of 1/p of
+/// the sum, that is independent of p. What is rounded in proportion to z (the difference and the product) adds up to
+/// 2 V |z| of the change from the element to the last scale. As a mean over all terms, by their share of the sum, |z| is
+/// at most log2 of their number: it is their entropy less log2 of the sum. That, the exponentials, and the products and
+/// additions (10 in a lane, 5 levels of a segment, then one of each for each combination) are errors of the sum, and
+/// those of the norm are 1/p of them. The root takes the logarithm of a sum of at most `numel`, rounded to f64, and
+/// divides it by p; then come an exponential and a product.
+fn norm_of_any_order(numel: usize, tiles: usize, p: f64) -> f64 {
+    let combinations = (3 + tiles.div_ceil(FOLD_THREADS) + 10) as f64;
+    let log2_numel = (numel.max(2) as f64).log2();
+    let of_logarithms = LN_2 * (2.0 * LOG2_ERROR + (1.0 + combinations) * V / 2.0);
+    let of_sum = LN_2 * 2.0 * log2_numel * V + (1.0 + combinations) * EXP2_ERROR + (15.0 + 2.0 * combinations) * V;
+    let of_root = LN_2 * (LOG2_ERROR + 2.0 * log2_numel * V);
+    of_logarithms + (of_sum + of_root) / p + EXP2_ERROR + V
 }
 
 fn norm_of_sum(lanes: f64, tiles: usize, norm_type: NormType) -> f64 {
@@ -112,6 +145,8 @@ pub fn norm_after_clipping(tensors: &[Tensor], norm_type: NormType) -> Miss {
         match norm_type {
             NormType::L1 => unit * numel,
             NormType::L2 => unit * numel.sqrt(),
+            NormType::P(p) if p >= 1.0 => unit * numel.powf(1.0 / p),
+            NormType::P(p) => panic!("no triangle inequality at p = {p}"),
             _ => unit,
         }
     });

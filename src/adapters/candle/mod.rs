@@ -97,7 +97,7 @@ pub fn total_norm(vars: &[Var], grads: &GradStore, norm_type: NormType) -> Resul
 /// [`cpu::clip_grad_norm`](crate::cpu::clip_grad_norm).
 ///
 /// # Errors
-/// As [`total_norm`]; a threshold that is negative or NaN; a norm that is not finite, if the policy is
+/// As [`total_norm`]; a threshold that is negative or NaN, an order that is not positive; a norm that is not finite, if the policy is
 /// [`NonFinite::Error`](crate::NonFinite::Error). No value has changed then.
 pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
     let clip = clip.into();

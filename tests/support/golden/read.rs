@@ -83,12 +83,8 @@ impl Entry {
     }
 
     fn norm_type(&self) -> NormType {
-        match self.norm_type.as_deref() {
-            Some("1") => NormType::L1,
-            Some("2") => NormType::L2,
-            Some("inf") => NormType::Inf,
-            other => panic!("{}: unknown norm_type {other:?}", self.name),
-        }
+        let order = self.norm_type.as_deref().and_then(|text| text.parse::<f64>().ok());
+        order.unwrap_or_else(|| panic!("{}: unknown norm_type {:?}", self.name, self.norm_type)).into()
     }
 }
 
