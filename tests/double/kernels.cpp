@@ -5,6 +5,8 @@
 #include "../../kernels/clip_coef.cu"
 #include "../../kernels/scale.cu"
 #include "../../kernels/clamp.cu"
+#include "../../kernels/scoped.cu"
+#include "../../kernels/scoped_stats.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
 #define FOLD_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kFoldThreads)
@@ -20,6 +22,14 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(scale),
     TILE_KERNEL(clamp),
     FOLD_KERNEL(clamp_counts),
+    TILE_KERNEL(scoped_partials_l1),
+    TILE_KERNEL(scoped_partials_l2),
+    TILE_KERNEL(scoped_partials_inf),
+    TILE_KERNEL(scoped_stats_l1),
+    TILE_KERNEL(scoped_stats_l2),
+    TILE_KERNEL(scoped_stats_inf),
+    FOLD_KERNEL(scoped_coefs),
+    TILE_KERNEL(scoped_scale),
     {},
 };
 
