@@ -8,6 +8,7 @@ pub mod device;
 pub mod example_cuda_graph;
 mod golden;
 mod parity;
+mod scoped;
 mod semantics;
 
 /// The training of the example, to run it here.
