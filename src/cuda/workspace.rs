@@ -72,7 +72,8 @@ impl Workspace {
             self.table.in_memory = 0;
             self.table.inline_tensors[..descs.len()].copy_from_slice(descs);
         } else {
-            if self.uploaded != descs {
+            // As bytes: one memcmp, where field by field it is a quarter of a repeated call's work.
+            if bytemuck::cast_slice::<_, u8>(&self.uploaded) != bytemuck::cast_slice::<_, u8>(descs) {
                 self.upload(descs, capturing)?;
             }
             if capturing {
