@@ -133,12 +133,14 @@ mod fp_env;
 mod options;
 mod plan;
 mod report;
+mod total_norm;
 mod value_bounds;
 
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use options::{ClipNorm, ClipValue, NonFinite, NormType};
 pub use report::{NormReport, Report, ValueReport};
+pub use total_norm::TotalNorm;
 
 /// Reports of past calls that a CUDA clipper keeps on the device.
 pub const REPORTS_KEPT: usize = 256;

@@ -22,7 +22,9 @@ pub use clipper::Clipper;
 pub use driver::{check_driver, context};
 pub use kernels::compiler;
 pub use reports::Pending;
-pub use thread_clippers::{clip_grad_norm, clip_grad_value, release_thread_clippers, total_norm};
+pub use thread_clippers::{
+    clip_coef, clip_grad_norm, clip_grad_value, clip_with_norm, release_thread_clippers, total_norm,
+};
 
 /// The cudarc whose types the calls take.
 pub use ::cudarc;
