@@ -23,7 +23,7 @@ use half::{bf16, f16};
 use std::io::{BufRead, Write};
 use std::time::Duration;
 use support::cases::{cases, Float, List, Op, COPY, READ, UPDATE};
-use support::lists::{of_models, sweeps, Entry};
+use support::lists::{self, Entry};
 use support::record::{self, How};
 use support::shapes::{self, Shapes};
 
@@ -34,7 +34,7 @@ const TIME: Duration = Duration::from_millis(1500);
 trait Loaded {
     fn rows(&mut self, how: &How<'_>) -> Vec<String>;
     /// What PyTorch is to find, too.
-    fn norm(&mut self) -> f64;
+    fn norm(&self) -> f64;
 }
 
 impl<T: Float> Loaded for List<T>
@@ -45,9 +45,8 @@ where
         record::rows(self, how)
     }
 
-    fn norm(&mut self) -> f64 {
-        self.fill_if_clamped();
-        self.norm_in_f64()
+    fn norm(&self) -> f64 {
+        self.norm
     }
 }
 
@@ -94,7 +93,8 @@ fn benchmark_as(criterion: &mut Criterion, shapes: &Shapes, dtype: &str) {
 
 /// What there is for a record without PyTorch, and for criterion.
 fn all() -> Vec<Entry> {
-    let mut entries = of_models();
+    let mut entries = lists::first();
+    entries.extend(lists::others());
     if std::env::var_os("GRADCLIP_BENCH_LARGE").is_some() {
         let llama = shapes::llama_1b();
         entries.push(Entry { list: llama.name, dtype: "bf16", numels: llama.numels });
@@ -104,9 +104,7 @@ fn all() -> Vec<Entry> {
 
 /// What is measured beside PyTorch.
 fn beside_torch() -> Vec<Entry> {
-    let mut entries = of_models();
-    entries.extend(sweeps());
-    entries
+    [lists::first(), lists::sweeps(), lists::others()].into_iter().flatten().collect()
 }
 
 /// Writes a record without PyTorch: with everything that runs on one core instead.

@@ -126,6 +126,8 @@ pub struct List<T> {
     copy: Vec<Vec<T>>,
     /// What every gradient holds at first, over and over.
     pattern: Vec<T>,
+    /// In float64, of what the gradients were at first.
+    pub norm: f64,
     threshold: f64,
     bound: f64,
     /// Whether value clipping has taken something away.
@@ -148,6 +150,7 @@ where
             grads,
             copy: shapes.numels.iter().map(zeros).collect(),
             pattern: (0..longest.min(PERIOD)).map(|i| T::from_f64(element(i))).collect(),
+            norm: 0.0,
             threshold: 0.0,
             bound: 1.0,
             clamped: false,
@@ -155,6 +158,7 @@ where
             tensors: Vec::new(),
         };
         list.fill();
+        list.norm = list.norm_in_f64();
         list.check_norm_clipping();
         list.fill();
         list.check_value_clipping();
@@ -169,7 +173,7 @@ where
         self.grads.par_iter_mut().for_each(|grad| {
             grad.par_chunks_mut(PERIOD).for_each(|part| part.copy_from_slice(&self.pattern[..part.len()]));
         });
-        self.threshold = self.norm_in_f64();
+        self.threshold = self.norm;
         self.bound = 1.0;
         self.clamped = false;
     }
@@ -185,13 +189,13 @@ where
         self.grads.iter().map(Vec::len).sum()
     }
 
-    pub fn norm_in_f64(&self) -> f64 {
+    fn norm_in_f64(&self) -> f64 {
         let square = |x: &T| x.to_f64() * x.to_f64();
         self.grads.par_iter().flatten().map(square).sum::<f64>().sqrt()
     }
 
     fn check_norm_clipping(&mut self) {
-        let expected = self.norm_in_f64();
+        let expected = self.norm;
         let report = clip(&mut self.grads, 0.5 * expected, true);
         let off = (report.total_norm / expected - 1.0).abs();
         assert!(off < 1e-9_f64.max(T::ROUNDING * 1e-3), "{} is not {expected}", report.total_norm);
