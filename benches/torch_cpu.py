@@ -7,8 +7,8 @@ BINARY is that of `cargo bench --bench cpu`. It stays open and measures when it 
 same number of threads and the same elements. PyTorch is called as its users call it, and with `foreach=False`; of the
 two the quicker is what gradclip has to be held against.
 
-Before a list is timed, its norm is compared with that of gradclip's list, in float64; PyTorch's norm with it, within the
-bound of PyTorch's arithmetic (`tolerance`); and what it makes of the first 2^20 elements of each gradient.
+Before a list is timed, its norm is compared with that of gradclip's list, in float64; PyTorch's norm with it, within
+the bound of PyTorch's arithmetic (`tolerance`); and what it makes of the first 2^20 elements of each gradient.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LARGE_EVERY, PERIOD = 64, 1 << 20  # as in benches/support/cases.rs, with `patte
 
 
 def pattern():
-    """What every gradient holds, over and over, in float64: `element` in benches/support/cases.rs, number for number."""
+    """What every gradient holds, over and over, in float64: `element` in benches/support/cases.rs, to the bit."""
     index = torch.arange(PERIOD, dtype=torch.int64)
     state = index ^ (0x9E3779B97F4A7C15 - (1 << 64))
     total = torch.zeros(PERIOD, dtype=torch.float64)
@@ -72,7 +72,8 @@ class Torch:
         """Whether an element is not what `expected` makes of it, by more than that share of it."""
         expected = expected(self.period.double())
         limit = tolerance * expected.abs() + self.smallest
-        return any(bool(((grad[:PERIOD] - expected[:len(grad)]).abs() > limit[:len(grad)]).any()) for grad in self.grads)
+        off = lambda grad: (grad[:PERIOD] - expected[:len(grad)]).abs() > limit[:len(grad)]
+        return any(bool(off(grad).any()) for grad in self.grads)
 
     def tolerance(self):
         """Of PyTorch's norm: an addition in float32 is off by at most 2^-24 of the sum so far, and every square goes

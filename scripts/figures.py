@@ -18,7 +18,7 @@ from record_to_tables import bars_table, lists_table, quotient, read
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benches" / "record"
 
-# What the README shows of the CPU; with any list on which something is slower than PyTorch.
+# What the README shows of the CPU, with any list on which something is slower than PyTorch.
 README_LISTS = ("1 GiB", "GPT-2", "ResNet-50", "3000 x 4 Ki")
 README_DTYPES = ("f32", "bf16")
 SWEEPS = re.compile(r"\d+ [KM]iB|\d+ x 4 Ki")
@@ -54,11 +54,12 @@ def cell(record, key, op):
 
 def cpu_table(path, record, keys, link):
     run = record.run
+    source = f"commit {run['commit']}, {run['date']} ([record]({link}{path.name}))"
     has_torch = any(faster(record, key, "norm") is not None for key in record.lists)
     lines = [
-        f"{run['machine']}, {run['cores']} threads, commit {run['commit']}, {run['date']} ([record]({link}{path.name})).",
-        "In a cell: bytes that have to move per second; how near that is to a plain read, or update in place, of the same",
-        "list; " + ("how many times as fast it is as the quicker of PyTorch's CPU calls, bold where it is slower."
+        f"{run['machine']}, {run['cores']} threads, {source}.",
+        "In a cell: bytes that have to move per second; how near that is to a plain read, or update in place, of the",
+        "same list; " + ("how many times as fast it is as the quicker of PyTorch's CPU calls, bold where it is slower."
                     if has_torch else "PyTorch was not measured in that record."),
         "",
         "| list | type | " + " | ".join(OPS.values()) + " |",
@@ -89,11 +90,10 @@ def cpu_lists(cpu):
     spread = []
     for key in keys:
         for op in OPS:
-            first, *others = [float(row["median_us"]) for row in record.rows.get((*key, op, "gradclip", "eager", "warm"), [])
-                              if row.get("median_us")] or [0]
-            spread += [abs(other / first - 1) for other in others]
+            turns = [record.ours(key, op, worst=worst) for worst in (min, max)]
+            spread += [turns[1] / turns[0] - 1] if None not in turns else []
     text = cpu_table(path, record, keys, "record/")
-    if spread:
+    if any(spread):
         spread.sort()
         text += ("\n\nBetween the turn before PyTorch's and the one after it, gradclip's times differ by "
                  f"{100 * spread[len(spread) // 2]:.0f} % in the median, and by up to {100 * spread[-1]:.0f} %.")
