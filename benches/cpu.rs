@@ -20,6 +20,7 @@ use anyhow::{Context, Result};
 use criterion::{Criterion, Throughput};
 use gradclip::cpu::AsGradMut;
 use half::{bf16, f16};
+use std::collections::HashSet;
 use std::io::{BufRead, Write};
 use std::time::Duration;
 use support::cases::{cases, Float, List, Op, COPY, READ, UPDATE};
@@ -123,6 +124,9 @@ fn write_record(path: &std::ffi::OsStr) -> Result<()> {
 
 /// Each once, on little: what `cargo test --benches` does.
 fn test(criterion: &mut Criterion) {
+    let entries = beside_torch();
+    let names: HashSet<_> = entries.iter().map(|entry| (entry.list, entry.dtype)).collect();
+    assert_eq!(names.len(), entries.len(), "a list is there twice");
     let shapes = Shapes { name: "tiny", numels: vec![1000, 1, 0, 70_000] };
     for dtype in ["f32", "f64", "f16", "bf16"] {
         let rows = load(&shapes, dtype).rows(&How { run: "", pass: 1, time: Duration::ZERO, slow: true });
