@@ -63,16 +63,10 @@ class Torch:
         return torch.cuda.Event(enable_timing=True) if self.cuda else ClockEvent()
 
     def load(self, entry):
-        """The list as views of one buffer, laid out as in benches/measure/lists.rs."""
+        """The list as views of one buffer."""
         dtype = DTYPES[entry["dtype"]]
-        size, starts, end = dtype.itemsize, [], 0
-        for numel in entry["numels"]:
-            start = end + entry["offset"] * size
-            end = -(-(start + numel * size) // self.align) * self.align
-            starts.append(start)
-        self.span, self.bytes = end, sum(entry["numels"]) * size
-        if self.span > len(self.grads):
-            return False
+        size, (starts, self.span) = dtype.itemsize, layout(entry, self.align)
+        self.bytes = sum(entry["numels"]) * size
         typed = self.grads[:self.span].view(dtype)
         spare = self.spare[:self.span].view(dtype)
         if self.filled is None or self.filled[0] != dtype or self.filled[1] < self.span:
@@ -90,7 +84,6 @@ class Torch:
             param.grad = view
             self.params.append(param)
         self.views, self.flat = views, self.grads[:self.bytes].view(dtype)
-        return True
 
     def restore(self):
         self.grads[:self.span].copy_(self.spare[:self.span])
@@ -260,6 +253,15 @@ class Torch:
             torch.cuda.empty_cache()
 
 
+def layout(entry, align):
+    """Where each gradient starts, and where the last one ends, in bytes: as in benches/measure/lists.rs."""
+    size, starts, end = DTYPES[entry["dtype"]].itemsize, [], 0
+    for numel in entry["numels"]:
+        starts.append(end + entry["offset"] * size)
+        end = -(-(starts[-1] + numel * size) // align) * align
+    return starts, end
+
+
 def quantile(values, at):
     return sorted(values)[round((len(values) - 1) * at)]
 
@@ -324,6 +326,9 @@ def main():
             if left <= 0:
                 print(f"SKIPPED {name}: the time is over", file=sys.stderr)
                 continue
+            if layout(entry, export["align"])[1] > max_bytes:
+                print(f"SKIPPED {name}: it does not fit into {args.max_gib:g} GiB", file=sys.stderr)
+                continue
             rows = ours.measure(1, seconds, index)
             if rows is None:
                 failed = True
@@ -333,7 +338,8 @@ def main():
             run = {column: run[column] for column in ("gpu", "driver", "date", "commit")}
             if max(entry["numels"]) > TOO_MANY:
                 print(f"SKIPPED {name} with torch: it reads out of bounds beyond 2^31 elements", file=sys.stderr)
-            elif theirs.load(entry):
+            else:
+                theirs.load(entry)
                 writer.writerows(theirs.rows(entry, run, seconds))
                 theirs.unload()
                 second = ours.measure(2, seconds / 2, index)
