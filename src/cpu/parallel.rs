@@ -122,6 +122,15 @@ fn bytes_of(grads: &[GradMut<'_>]) -> usize {
     grads.iter().map(|grad| with_slice!(GradMut, grad, slice => size_of_val(&slice[..]))).sum()
 }
 
+/// Applies the verdict to gradients that may hold NaN or Inf.
+pub(crate) fn scale_any(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
+    let isa = Isa::detect();
+    for_each_task(grads, |task| {
+        with_slice!(GradMut, task, slice => scale::scale_any(isa, verdict, slice));
+        Counts::default()
+    });
+}
+
 /// Clamps every gradient; what each of them held.
 pub(crate) fn clamp(bounds: &ClampBounds, grads: &mut [GradMut<'_>]) -> Vec<Counts> {
     let isa = Isa::detect();

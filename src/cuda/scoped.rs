@@ -321,7 +321,7 @@ pub struct PendingScoped {
 impl PendingScoped {
     /// Waits for the stream, and reads the reports of all groups.
     ///
-    /// Cost: one copy, of 64 bytes and 64 more for each group, with telemetry 40 for each tensor; one synchronisation of
+    /// Cost: one copy, of 64 bytes and 72 more for each group, with telemetry 40 for each tensor; one synchronisation of
     /// the stream.
     ///
     /// # Errors
