@@ -3,7 +3,7 @@
 use super::data::{Tensor, Values};
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 use gradclip::cuda::{Clipper, DeviceGradMut};
-use gradclip::{ClipNorm, ClipValue, NormReport, NormType, Result, ValueReport};
+use gradclip::{ClipNorm, ClipValue, NormReport, NormType, Result, Scope, ScopedReport, ValueReport};
 use half::{bf16, f16};
 use std::sync::Arc;
 
@@ -114,10 +114,23 @@ impl OnDevice {
     }
 }
 
-/// The three verbs on a device, in the shape of those on the CPU.
+/// The verbs on a device, in the shape of those on the CPU.
 pub fn clip_grad_norm(clipper: &mut Clipper, list: &mut [Tensor], clip: ClipNorm) -> Result<NormReport> {
     let mut device = OnDevice::upload(clipper.stream(), list);
     let report = device.with(list, |grads| clipper.clip_grad_norm(grads, clip)).and_then(|pending| pending.wait());
+    device.download(list);
+    report
+}
+
+pub fn clip_grad_norm_by(
+    clipper: &mut Clipper,
+    list: &mut [Tensor],
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+) -> Result<ScopedReport> {
+    let mut device = OnDevice::upload(clipper.stream(), list);
+    let report =
+        device.with(list, |grads| clipper.clip_grad_norm_by(grads, scope, clip)).and_then(|pending| pending.wait());
     device.download(list);
     report
 }

@@ -1,7 +1,7 @@
 //! Reading the golden files.
 
 use super::super::tensor::Tensor;
-use super::{Case, Golden, Op};
+use super::{Case, Golden, Op, Preset};
 use gradclip::{Dtype, NonFinite, NormType};
 use std::path::{Path, PathBuf};
 
@@ -32,6 +32,11 @@ struct Entry {
     peer_grads: Option<Vec<String>>,
     exact_grads: Option<Vec<String>>,
     peer_differs: Option<String>,
+    preset: Option<String>,
+    arguments: Option<Vec<String>>,
+    nonfinite: Option<String>,
+    scope: Option<String>,
+    exact_norms: Option<Vec<String>>,
 }
 
 #[derive(serde::Deserialize)]
@@ -58,7 +63,11 @@ impl Entry {
                 max_norm: required(&self.max_norm),
                 norm_type: self.norm_type(),
                 eps: required(&self.eps),
-                nonfinite: NonFinite::Skip,
+                nonfinite: match self.nonfinite.as_deref() {
+                    None | Some("skip") => NonFinite::Skip,
+                    Some("propagate") => NonFinite::Propagate,
+                    Some(other) => panic!("{}: unknown policy {other}", self.name),
+                },
             },
             "clip_grad_value" => Op::ClipValue { lo: required(&self.lo), hi: required(&self.hi) },
             other => panic!("{}: unknown op {other}", self.name),
@@ -78,6 +87,12 @@ impl Entry {
                 name: self.name.clone(),
                 op,
                 grads: self.grads.iter().map(|values| values.tensor(&values.bits)).collect(),
+                preset: self.preset.as_ref().map(|name| Preset {
+                    name: name.clone(),
+                    arguments: self.arguments.iter().flatten().map(|text| number(text)).collect(),
+                    per_tensor: self.scope.as_deref() == Some("tensor"),
+                    exact_norms: self.exact_norms.iter().flatten().map(|text| number(text)).collect(),
+                }),
             },
         }
     }
