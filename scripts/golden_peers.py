@@ -27,11 +27,11 @@ overflow check of its `step`; `clip_grad_norm_`; `clip_tensors_by_global_norm` |
 | burn | `GradientClipping::{Norm, Value}`, by the program in `scripts/golden_burn`, on burn's Flex back end (its NdArray \
 back end has neither f16 nor bf16) |
 
-Two peers expect what a CPU does not have. Megatron puts its scalars on `device='cuda'`: that argument is dropped while it
-runs; gradients are given as `decoupled_grad`, where it takes bf16 besides f32 and does not ask for a CUDA tensor; without
-TransformerEngine and Apex it uses its own `local_multi_tensor_*`. DeepSpeed's `clip_grad_norm_` averages over a process
-group: here that of one process, whose all-reduce changes nothing. `unscale_and_clip_grads` is called with an object that
-has the three attributes it reads, the loss scale being 1.
+Two peers expect what a CPU does not have. Megatron puts its scalars on `device='cuda'`: that argument is dropped while
+it runs; gradients are given as `decoupled_grad`, where it takes bf16 besides f32 and does not ask for a CUDA tensor;
+without TransformerEngine and Apex it uses its own `local_multi_tensor_*`. DeepSpeed's `clip_grad_norm_` averages over
+a process group: here that of one process, whose all-reduce changes nothing. `unscale_and_clip_grads` is called with an
+object that has the three attributes it reads.
 
 # Format
 
@@ -42,11 +42,13 @@ As in `README.md`, but without the keys that do not apply, and with these more:
 | `preset` | the function in `gradclip::compat`, as `keras::clipnorm` |
 | `arguments` | what it is called with: one threshold, or two bounds |
 | `nonfinite` | the policy it stands for: `skip` or `propagate`; null for values |
+| `loss_scale` | S, where `loss_scale` is called on the preset |
 | `scope` | `global`, or `tensor` where each tensor is clipped by itself; null for values |
 | `exact_norms` | with scope `tensor`: the true norm of each; `exact_norm` is null then |
 
-`max_norm`, `eps`, `lo`, `hi` are what the preset has to come to: where a peer takes 0 for "off", `max_norm` is infinite.
-`exact_grads` where a norm is not finite is what `nonfinite` makes of the gradients, and so is what `peer_differs` compares.
+`max_norm`, `eps`, `lo`, `hi` are what the preset has to come to: where a peer takes 0 for "off", `max_norm` is
+infinite. `exact_grads` where a norm is not finite is what `nonfinite` makes of the gradients, and so is what
+`peer_differs` compares.
 """
 
 import math
@@ -141,14 +143,16 @@ def megatron(grads, clip_grad):
     return norm, [golden.from_torch(g, p.decoupled_grad) for g, p in zip(grads, parameters)]
 
 
-def deepspeed_zero(grads, clip_grad):
+def deepspeed_zero(grads, clip_grad, loss_scale=1.0):
     tensors = [golden.to_torch(g) for g in grads]
     norm = deepspeed_utils.get_global_norm_of_tensors(tensors)
     overflow = any(not torch.isfinite(t).all() for t in tensors)
     if not overflow:  # step() returns before it clips
-        optimizer = SimpleNamespace(clip_grad=clip_grad, loss_scale=1.0, device="cpu")
+        optimizer = SimpleNamespace(clip_grad=clip_grad, loss_scale=loss_scale, device="cpu")
         DeepSpeedZeroOptimizer.unscale_and_clip_grads(optimizer, tensors, norm)
-    return norm.item(), [golden.from_torch(g, t) for g, t in zip(grads, tensors)]
+    # The norm is that of the scaled gradients, or the sentinel; the scales of the cases are powers of two.
+    norm = norm.item()
+    return norm / loss_scale if norm >= 0 else norm, [golden.from_torch(g, t) for g, t in zip(grads, tensors)]
 
 
 def deepspeed_clip_grad_norm(grads, max_norm):
@@ -174,10 +178,10 @@ class Burn:
     def ask(self, line):
         if self.process is None:
             command = ["cargo", "run", "--quiet", "--locked", "--manifest-path", str(BURN / "Cargo.toml")]
-            target = os.environ.get("GOLDEN_BURN_TARGET")
-            command += ["--target-dir", target] if target else []
+            environment = {"CARGO_TARGET_DIR": str(BURN.parent.parent / "target" / "golden_burn")} | os.environ
+            environment["BURN_DEVICE"] = "flex"
             pipe = subprocess.PIPE
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | {"BURN_DEVICE": "flex"})
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().strip()
@@ -238,29 +242,31 @@ def symmetric(function):
 
 
 FOUR = ("f32", "f16", "bf16", "f64")
-ZERO = "runtime/zero/stage_1_and_2.py, unscale_and_clip_grads"
+ZERO = "stage_1_and_2.py, unscale_and_clip_grads"
 NORMS = [
-    Preset("torch::clip_grad_norm", "torch/nn/utils/clip_grad.py", of_golden(golden.torch_clip_norm), 1e-6, dtypes=FOUR),
-    Preset("optax::clip_by_global_norm", "optax/transforms/_clipping.py", of_golden(golden.optax_clip_norm), dtypes=FOUR),
-    Preset("tensorflow::clip_by_global_norm", "python/ops/clip_ops.py", tensorflow_global_norm),
-    Preset("tensorflow::clip_by_norm", "python/ops/clip_ops.py", tensorflow_norm, scope="tensor"),
-    Preset("keras::global_clipnorm", "optimizers/base_optimizer.py", keras_optimizer("global_clipnorm"), zero_is_off=True),
-    Preset("keras::clipnorm", "optimizers/base_optimizer.py", keras_optimizer("clipnorm"), scope="tensor", zero_is_off=True),
-    Preset("megatron::clip_grad", "core/optimizer/clip_grads.py", megatron, 1e-6, "skip", zero_is_off=True, dtypes=("f32", "bf16")),
+    Preset("torch::clip_grad_norm", "clip_grad.py", of_golden(golden.torch_clip_norm), 1e-6, dtypes=FOUR),
+    Preset("optax::clip_by_global_norm", "_clipping.py", of_golden(golden.optax_clip_norm), dtypes=FOUR),
+    Preset("tensorflow::clip_by_global_norm", "clip_ops.py", tensorflow_global_norm),
+    Preset("tensorflow::clip_by_norm", "clip_ops.py", tensorflow_norm, scope="tensor"),
+    Preset("keras::global_clipnorm", "base_optimizer.py", keras_optimizer("global_clipnorm"), zero_is_off=True),
+    Preset("keras::clipnorm", "base_optimizer.py", keras_optimizer("clipnorm"), scope="tensor", zero_is_off=True),
+    Preset("megatron::clip_grad", "clip_grads.py", megatron, 1e-6, "skip", zero_is_off=True, dtypes=("f32", "bf16")),
     Preset("deepspeed::gradient_clipping", ZERO, deepspeed_zero, 1e-6, "skip", zero_is_off=True),
-    Preset("burn::norm", "grad_clipping/base.rs", burn("norm"), scope="tensor", dtypes=FOUR, f32_threshold=True),
+    Preset("burn::norm", "base.rs", burn("norm"), scope="tensor", dtypes=FOUR, f32_threshold=True),
 ]
 # Other functions of DeepSpeed, for which the same preset stands.
 OTHERS = [
-    Preset("deepspeed::gradient_clipping", "runtime/utils.py, clip_grad_norm_", deepspeed_clip_grad_norm, 1e-6, "skip", zero_is_off=True),
-    Preset("deepspeed::gradient_clipping", "runtime/utils.py, clip_tensors_by_global_norm", deepspeed_bf16, 1e-6, "skip", zero_is_off=True),
+    Preset("deepspeed::gradient_clipping", f"utils.py, {name}", function, 1e-6, "skip", zero_is_off=True)
+    for name, function in (
+        ("clip_grad_norm_", deepspeed_clip_grad_norm), ("clip_tensors_by_global_norm", deepspeed_bf16)
+    )
 ]
 VALUES = [
-    Preset("torch::clip_grad_value", "torch/nn/utils/clip_grad.py", symmetric(golden.torch_clip_value), dtypes=FOUR),
-    Preset("optax::clip", "optax/transforms/_clipping.py", symmetric(golden.optax_clip_value), dtypes=FOUR),
-    Preset("tensorflow::clip_by_value", "python/ops/clip_ops.py", tensorflow_value),
-    Preset("keras::clipvalue", "optimizers/base_optimizer.py", keras_optimizer("clipvalue"), zero_is_off=True),
-    Preset("burn::value", "grad_clipping/base.rs", burn("value"), dtypes=FOUR, f32_threshold=True),
+    Preset("torch::clip_grad_value", "clip_grad.py", symmetric(golden.torch_clip_value), dtypes=FOUR),
+    Preset("optax::clip", "_clipping.py", symmetric(golden.optax_clip_value), dtypes=FOUR),
+    Preset("tensorflow::clip_by_value", "clip_ops.py", tensorflow_value),
+    Preset("keras::clipvalue", "base_optimizer.py", keras_optimizer("clipvalue"), zero_is_off=True),
+    Preset("burn::value", "base.rs", burn("value"), dtypes=FOUR, f32_threshold=True),
 ]
 
 
@@ -291,6 +297,20 @@ def ask(preset, grads, arguments):
         return *preset.ask(grads, *arguments), None
     except Exception as error:  # whatever it raises is its answer
         return None, None, f"raises {type(error).__name__}: {(str(error).splitlines() or ['(no words)'])[0]}"
+
+
+def scaled_case(preset, label, grads, loss_scale, threshold):
+    """Unscaled and clipped, as `preset(threshold).loss_scale(loss_scale)`."""
+    max_norm, bits = preset.max_norm(threshold), exact_norm(grads, "2")
+    norm, out = golden.exact_unscale_and_clip_norm(grads, bits, max_norm, preset.eps, loss_scale)
+    out = policy(preset, grads, norm, max_norm) if out is None else out
+    case = golden.case(
+        f"{label}_scale_{loss_scale:g}_max_{threshold:g}/{preset.name}", f"loss scale; {preset.peer} {preset.source}",
+        preset.peer, "clip_grad_norm", grads, ask(preset, grads, [threshold, loss_scale]), (float64(norm), out), True,
+        max_norm=max_norm, norm_type="2", eps=preset.eps,
+    )
+    return case | {"preset": preset.name, "arguments": [golden.hex64(threshold)], "nonfinite": preset.nonfinite,
+                   "scope": "global", "loss_scale": golden.hex64(loss_scale)}
 
 
 def norm_case(preset, label, what, grads, threshold):
@@ -371,17 +391,34 @@ def value_lists(preset):
         for value in (1, 0.1, 0, math.inf):
             yield f"special_{dtype}_{value}", "special values", special, value
         rng = golden.random.Random(f"preset values {dtype}")
-        yield f"normal_{dtype}", "random", [golden.normal_grad(rng, dtype, 33), golden.normal_table(rng, dtype, 4097)], 0.7
+        normal = [golden.normal_grad(rng, dtype, 33), golden.normal_table(rng, dtype, 4097)]
+        yield f"normal_{dtype}", "random", normal, 0.7
     yield "empty", "empty tensors", [raw("f32", []), grad("f32", [3, -4, 0.5]), raw("f32", [])], 1
     yield "empty_list", "no tensors", [], 1
     for value in (-1, math.nan):
         yield f"value_{value}", "not a threshold", [grad("f32", [-3, 0.5, 4, -0.25])], value
 
 
+def deepspeed_scaled_cases(preset):
+    for dtype in preset.dtypes:
+        thirteen = [grad(dtype, [3, 4]), grad(dtype, [12])]
+        rng = golden.random.Random(f"preset scales {dtype}")
+        normal = [golden.normal_grad(rng, dtype, 33), golden.normal_table(rng, dtype, 4097)]
+        for loss_scale, thresholds in ((1024.0, (13 / 2048, 13 / 1024, 1.0, 0.0)), (0.5, (1.0, 26.0, 27.0, 0.0))):
+            for threshold in thresholds:
+                yield scaled_case(preset, f"thirteen_{dtype}", thirteen, loss_scale, threshold)
+        yield scaled_case(preset, f"normal_{dtype}", normal, 1024.0, 0.01)
+        yield scaled_case(preset, f"zero_{dtype}", [grad(dtype, [0.0, -0.0])], 1024.0, 1.0)
+        for name, value in (("nan", math.nan), ("inf", math.inf)):
+            yield scaled_case(preset, f"{name}_{dtype}", [grad(dtype, [1, value]), grad(dtype, [2])], 1024.0, 1.0)
+
+
 def preset_cases():
     for preset in NORMS:
         for label, what, grads, threshold in norm_lists(preset):
             yield norm_case(preset, label, what, grads, threshold)
+        if preset.ask is deepspeed_zero:
+            yield from deepspeed_scaled_cases(preset)
     for preset in OTHERS:
         function = preset.source.split(", ")[1]
         for label, what, grads, threshold in norm_lists(preset):
@@ -423,7 +460,8 @@ def preset_table(cases):
     for name in dict.fromkeys(c["preset"] for c in cases):
         mine = [c for c in cases if c["preset"] == name]
         differs = sum(c["peer_differs"] is not None for c in mine)
-        rows.append([f"`{name}`", mine[0]["op"], mine[0]["scope"] or "", mine[0]["nonfinite"] or "", len(mine), differs])
+        scope, nonfinite = mine[0]["scope"] or "", mine[0]["nonfinite"] or ""
+        rows.append([f"`{name}`", mine[0]["op"], scope, nonfinite, len(mine), differs])
     return golden.markdown_table(["preset", "op", "scope", "NaN and Inf", "cases", "peer differs"], rows)
 
 

@@ -25,7 +25,7 @@ put() {
 put test on_gpu on_gpu
 put test no_driver no_driver
 put bench gpu gpu_bench
-cp tests/golden/*.json tests/golden/README.md "$pack/golden"
+cp tests/golden/*.json tests/golden/*.md "$pack/golden"
 cp benches/torch_gpu.py scripts/record_to_tables.py "$pack"
 cp scripts/gpu_run.sh "$pack/run.sh"
 git describe --always --dirty --abbrev=12 > "$pack/COMMIT"

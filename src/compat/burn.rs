@@ -10,13 +10,14 @@ use crate::options::{ClipNorm, ClipValue, NonFinite};
 /// here    g * (max_norm / N)   where N > max_norm
 /// ```
 ///
-/// `m` is there to make no 0 / 0, and vanishes in all other sums; here nothing is divided where `N` is 0, and it is left out.
+/// `m` is there to make no 0 / 0, and vanishes in all other sums; here nothing is divided where `N` is 0, and it is
+/// left out.
 ///
-/// A norm that is NaN makes the tensor NaN; one that is infinite makes its finite elements 0 and its infinite ones NaN. Other
-/// tensors are not concerned.
+/// A norm that is NaN makes the tensor NaN; one that is infinite makes its finite elements 0 and its infinite ones NaN.
+/// Other tensors are not concerned.
 ///
-/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): f16 and bf16 are clipped in f32 there, so f16
-/// 300 has a norm in both, and f32 1e20 only here. (burn 0.21 has neither.)
+/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): f16 and bf16 are clipped in f32 there,
+/// so f16 300 has a norm in both, and f32 1e20 only here. (burn 0.21 has neither.)
 ///
 /// ```
 /// use gradclip::{compat, cpu, Scope};
@@ -30,8 +31,8 @@ pub const fn norm(max_norm: f32) -> ClipNorm {
     ClipNorm::new(max_norm as f64).nonfinite(NonFinite::Propagate)
 }
 
-/// `GradientClippingConfig::Value(threshold)`: above `threshold` it becomes that, below `-threshold` that, and NaN stays NaN. So
-/// it is here; it is [`ClipValue::new`].
+/// `GradientClippingConfig::Value(threshold)`: above `threshold` it becomes that, below `-threshold` that, and NaN
+/// stays NaN. So it is here; it is [`ClipValue::new`].
 #[must_use]
 pub const fn value(threshold: f32) -> ClipValue {
     ClipValue::new(threshold as f64)

@@ -1,7 +1,8 @@
-//! Keras 3.15.1, `keras/src/optimizers/base_optimizer.py`: the arguments of its optimizers. Run on its TensorFlow back end.
+//! Keras 3.15.1, `keras/src/optimizers/base_optimizer.py`: the arguments of its optimizers. Run on its TensorFlow back
+//! end.
 //!
-//! An optimizer of Keras takes one of the three. 0 switches each of them off, and so does 0 here; a negative or NaN one does
-//! so there, and is an error here.
+//! An optimizer of Keras takes one of the three. 0 switches each of them off, and so does 0 here; a negative or NaN one
+//! does so there, and is an error here.
 
 use super::off_at_zero;
 use crate::options::{ClipNorm, ClipValue, NonFinite};
@@ -13,11 +14,12 @@ use crate::options::{ClipNorm, ClipValue, NonFinite};
 /// here     g * (global_clipnorm / N)   where N > global_clipnorm                 unless it is 0
 /// ```
 ///
-/// A norm that is NaN makes every gradient NaN, in both. **One that is infinite makes every gradient NaN there; here finite
-/// gradients become 0 and infinite ones NaN** ([`NonFinite::Propagate`]): there is no policy for it.
+/// A norm that is NaN makes every gradient NaN, in both. **One that is infinite makes every gradient NaN there; here
+/// finite gradients become 0 and infinite ones NaN** ([`NonFinite::Propagate`]): there is no policy for it.
 ///
-/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): finite gradients whose squares overflow become
-/// NaN there; 41 as a threshold turns `[3, 4]`, which is within it, into `[2.9999998, 3.9999998]`; an empty list raises.
+/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): finite gradients whose squares overflow
+/// become NaN there, and with an infinite threshold all do; 41 as a threshold turns `[3, 4]`, which is within it, into
+/// `[2.9999998, 3.9999998]`.
 ///
 /// ```
 /// use gradclip::{compat, cpu};
@@ -39,11 +41,11 @@ pub const fn global_clipnorm(max_norm: f64) -> ClipNorm {
 /// here     g * (clipnorm / N)   where N > clipnorm, unless clipnorm is 0
 /// ```
 ///
-/// A norm that is NaN makes the tensor NaN; one that is infinite makes its finite elements 0 and its infinite ones NaN. Other
-/// tensors are not concerned.
+/// A norm that is NaN makes the tensor NaN; one that is infinite makes its finite elements 0 and its infinite ones NaN.
+/// Other tensors are not concerned.
 ///
-/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): `g * clipnorm` may overflow there, also where
-/// nothing is to be clipped (f16 200 with threshold 1000 becomes Inf).
+/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): `g * clipnorm` may overflow there, also
+/// where nothing is to be clipped (f16 200 with threshold 1000 becomes Inf, and with an infinite one all become NaN).
 ///
 /// ```
 /// use gradclip::{compat, cpu, Scope};
@@ -57,7 +59,8 @@ pub const fn clipnorm(max_norm: f64) -> ClipNorm {
     ClipNorm::new(off_at_zero(max_norm)).nonfinite(NonFinite::Propagate)
 }
 
-/// `clipvalue=...`: `min(max(g, -clipvalue), clipvalue)`, and NaN stays NaN; so it is here. 0 leaves everything as it is.
+/// `clipvalue=...`: `min(max(g, -clipvalue), clipvalue)`, and NaN stays NaN; so it is here. 0 leaves everything as it
+/// is. On a CPU, TensorFlow takes subnormal gradients for 0.
 #[must_use]
 pub const fn clipvalue(clip_value: f64) -> ClipValue {
     ClipValue::new(off_at_zero(clip_value))

@@ -12,13 +12,13 @@ use crate::options::{ClipNorm, NonFinite};
 ///
 /// 0 switches it off, in both; negative too there, and is an error here.
 ///
-/// A norm that is not finite leaves the gradients alone ([`NonFinite::Skip`]), as the step of its mixed-precision optimizer,
-/// which looks for NaN and Inf first, and is left out. Where nothing looks (f32, bf16 without a scaler), a NaN leaves them alone
-/// there too, since NaN is not below 1; **an Inf makes finite gradients 0 and infinite ones NaN there**: that is
-/// [`NonFinite::Propagate`].
+/// A norm that is not finite leaves the gradients alone ([`NonFinite::Skip`]), as the step of its mixed-precision
+/// optimizer, which looks for NaN and Inf first, and is left out. Where nothing looks (f32, bf16 without a scaler), a
+/// NaN leaves them alone there too, since NaN is not below 1; **an Inf makes finite gradients 0 and infinite ones NaN
+/// there**: that is [`NonFinite::Propagate`].
 ///
-/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): the norm is that of the gradients given, and not
-/// added up over ranks; f16 and f64 can be clipped too; norms are f32 there.
+/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): the norm is that of the gradients
+/// given, and not added up over ranks; f16 and f64 can be clipped too; norms are f32 there.
 ///
 /// ```
 /// use gradclip::{compat, cpu};

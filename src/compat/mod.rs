@@ -1,7 +1,7 @@
 //! Options that stand for the clipping of other libraries, under the names it has there.
 //!
-//! Each function takes what its original takes and returns a [`ClipNorm`] or a [`ClipValue`], for any verb of any back end.
-//! Where the original clips each tensor by itself, pass [`Scope::per_tensor`](crate::Scope::per_tensor) too.
+//! Each function takes what its original takes and returns a [`ClipNorm`] or a [`ClipValue`], for any verb of any back
+//! end. Where the original clips each tensor by itself, pass [`Scope::per_tensor`](crate::Scope::per_tensor) too.
 //!
 //! ```
 //! use gradclip::{compat, cpu, Scope};
@@ -40,19 +40,20 @@
 //!
 //! A preset has the formula, the threshold's meaning and the policy of its original, in the arithmetic of this crate:
 //!
-//! * The norm of finite gradients is right where the original's is not: squares that overflow (f32 1e20, f16 300) or vanish
-//!   (f32 1e-30) make most originals' norm infinite or 0, and the gradients 0.
+//! * The norm of finite gradients is right where the original's is not: squares that overflow (f32 1e20, f16 300) or
+//!   vanish (f32 1e-30) make most originals' norm infinite or 0, and the gradients 0.
 //! * Norm and coefficient are f64, not of the gradients' type, and each element is rounded once. Types can be mixed.
 //! * Gradients within the threshold are not written, so they keep their bits. Most originals multiply them by 1, or by
 //!   something near.
-//! * A zero norm divides nothing: zeros stay, also with threshold 0, where optax, TensorFlow and f16 in PyTorch make NaN.
+//! * A zero norm divides nothing: zeros stay, also with threshold 0, where optax, TensorFlow and f16 in PyTorch make
+//!   NaN.
 //! * A negative or NaN threshold is an error. Originals flip the signs, switch off, or make NaN.
 //! * An infinite threshold only measures, also where there is a NaN or an Inf.
 //! * Empty lists and empty tensors are fine everywhere.
 //! * Value clipping keeps the bits of a NaN, and of all that is within the bounds.
 //!
-//! The versions above are those that were run, on the CPU, for the tests: `tests/golden/PRESETS.md` lists each case in which
-//! an original differs from its preset.
+//! The versions above are those that were run, on the CPU, for the tests: `tests/golden/PRESETS.md` lists each case in
+//! which an original differs from its preset.
 //!
 //! [`ClipNorm`]: crate::ClipNorm
 //! [`ClipValue`]: crate::ClipValue
@@ -66,8 +67,8 @@ pub mod optax;
 pub mod tensorflow;
 pub mod torch;
 
-/// The threshold of a library where 0 says "do not clip". (By its bits, as the caller may have unmasked the exceptions of
-/// arithmetic.)
+/// The threshold of a library where 0 says "do not clip". (By its bits, as the caller may have unmasked the exceptions
+/// of arithmetic.)
 const fn off_at_zero(threshold: f64) -> f64 {
     if threshold.to_bits() << 1 == 0 {
         f64::INFINITY

@@ -26,10 +26,11 @@ pub const fn clip_by_global_norm(max_norm: f64) -> ClipNorm {
     ClipNorm::new(max_norm).nonfinite(NonFinite::Propagate)
 }
 
-/// `optax.clip(max_delta)`: `min(max(g, -max_delta), max_delta)`, and NaN stays NaN. So it is here; it is [`ClipValue::new`].
+/// `optax.clip(max_delta)`: `min(max(g, -max_delta), max_delta)`, and NaN stays NaN. So it is here; it is
+/// [`ClipValue::new`].
 ///
-/// Besides what differs everywhere: a `max_delta` that a gradient's type cannot hold is that type's largest value here, and
-/// infinite in optax, where an Inf passes then.
+/// Besides what differs everywhere: a `max_delta` that a gradient's type cannot hold is that type's largest value here,
+/// and infinite in optax, where an Inf passes then.
 #[must_use]
 pub const fn clip(max_delta: f64) -> ClipValue {
     ClipValue::new(max_delta)

@@ -9,14 +9,15 @@ use crate::options::{ClipNorm, ClipValue, NonFinite};
 /// here          g * (clip_norm / N)   where N > clip_norm
 /// ```
 ///
-/// A norm that is NaN makes every gradient NaN, in both. **One that is infinite makes every gradient NaN there; here finite
-/// gradients become 0 and infinite ones NaN** ([`NonFinite::Propagate`]): there is no policy for it. The report says which it
-/// was.
+/// A norm that is NaN makes every gradient NaN, in both. **One that is infinite makes every gradient NaN there; here
+/// finite gradients become 0 and infinite ones NaN** ([`NonFinite::Propagate`]): there is no policy for it. The report
+/// says which it was.
 ///
-/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): finite gradients whose squares overflow become
-/// NaN there; gradients within the threshold are multiplied by `clip_norm * (1 / clip_norm)`, in f32 not 1 for some thresholds
-/// (41, 47, 55); `clip_norm` 0 makes NaN there (`0 * inf`), and 0 here. To clip by a norm that is known already (`use_norm`) is
-/// not part of the preset.
+/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): finite gradients whose squares overflow
+/// become NaN there; gradients within the threshold are multiplied by `clip_norm * (1 / clip_norm)`, in f32 not 1 for
+/// some thresholds (41, 47, 55); an infinite `clip_norm` makes NaN there (`inf * 0`), and so does 0 where the norm is
+/// 0; a negative one changes nothing there where `N` is positive. A norm that is known already (`use_norm`) is for
+/// [`clip_with_norm`](crate::cpu::clip_with_norm).
 ///
 /// ```
 /// use gradclip::{compat, cpu};
@@ -37,21 +38,23 @@ pub const fn clip_by_global_norm(clip_norm: f64) -> ClipNorm {
 /// here          g * (clip_norm / N)   where N > clip_norm
 /// ```
 ///
-/// A norm that is NaN makes the tensor NaN; one that is infinite makes its finite elements 0 and its infinite ones NaN. Other
-/// tensors are not concerned. `axes` of all dimensions but the first are [`Scope::rows`](crate::Scope::rows); others are not
-/// part of the preset.
+/// A norm that is NaN makes the tensor NaN; one that is infinite makes its finite elements 0 and its infinite ones NaN.
+/// Other tensors are not concerned. `axes` of all dimensions but the first are [`Scope::rows`](crate::Scope::rows);
+/// others are not part of the preset.
 ///
-/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): `g * clip_norm` may overflow there, also where
-/// nothing is to be clipped (f16 200 with threshold 1000 becomes Inf); a negative `clip_norm` is 0 there, and an error here.
+/// Besides [what differs everywhere](super#what-differs-on-purpose-everywhere): `g * clip_norm` may overflow there,
+/// also where nothing is to be clipped (f16 200 with threshold 1000 becomes Inf); an infinite `clip_norm` makes NaN
+/// there (`inf / inf`); a negative one is 0 there.
 #[must_use]
 pub const fn clip_by_norm(clip_norm: f64) -> ClipNorm {
     ClipNorm::new(clip_norm).nonfinite(NonFinite::Propagate)
 }
 
-/// `tf.clip_by_value(t, clip_value_min, clip_value_max)`: `max(min(g, clip_value_max), clip_value_min)`, and NaN stays NaN. So
-/// it is here, with numbers for bounds; it is [`ClipValue::between`].
+/// `tf.clip_by_value(t, clip_value_min, clip_value_max)`: `max(min(g, clip_value_max), clip_value_min)`, and NaN stays
+/// NaN. So it is here, with numbers for bounds; it is [`ClipValue::between`].
 ///
-/// Besides what differs everywhere: bounds that cross are an error here, and give `clip_value_min` there.
+/// Besides what differs everywhere: bounds that cross are an error here, and give `clip_value_min` there; on a CPU,
+/// TensorFlow takes subnormal gradients for 0.
 #[must_use]
 pub const fn clip_by_value(clip_value_min: f64, clip_value_max: f64) -> ClipValue {
     ClipValue::between(clip_value_min, clip_value_max)

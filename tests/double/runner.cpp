@@ -119,7 +119,7 @@ std::unique_ptr<T[]> filled(size_t count) {
 
 // As tests/support/runner.rs writes it.
 struct CaseHeader {
-  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts
+  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts. 2: clip_coef_of_norm, scale_any
   u32 table_in_memory;
   u32 with_scales;
   u32 blocks;
@@ -127,6 +127,7 @@ struct CaseHeader {
   u32 num_tensors;
   ClipParams clip;
   ClampBounds bounds;
+  double total_norm;
 };
 
 class Case {
@@ -163,6 +164,11 @@ class Case {
       Arguments("clip_coef")
           .add(sums_.get()).add(scales).add(num_tiles_).add(header_.clip).add(report_.get()).run(1, order);
       Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+    } else if (header_.operation == 2) {
+      const double* const nowhere = nullptr;
+      Arguments("clip_coef_of_norm")
+          .add(header_.total_norm).add(nowhere).add(header_.clip).add(report_.get()).run(1, order);
+      Arguments("scale_any").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
     } else {
       Arguments("clamp").add(table()).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
       Arguments("clamp_counts").add(counts_.get()).add(num_tiles_).add(report_.get()).run(1, order);

@@ -15,6 +15,10 @@ fn run(clipper: &mut Clipper, case: &Case) -> Outcome {
             (None, clip) => device::clip_grad_norm(clipper, &mut list, clip).map(Answer::Norm),
             (Some(scope), clip) => device::clip_grad_norm_by(clipper, &mut list, &scope, clip).map(Answer::Norms),
         },
+        Op::ClipWithNorm { total_norm, .. } => {
+            let clip = case.clip_norm().unwrap();
+            device::clip_with_norm(clipper, &mut list, total_norm, clip).map(Answer::Norm)
+        }
         Op::ClipValue { .. } => {
             device::clip_grad_value(clipper, &mut list, case.clip_value().unwrap()).map(Answer::Value)
         }
@@ -47,6 +51,16 @@ fn values_and_bounds() {
 #[test]
 fn random_lists() {
     check_on_device("random.json");
+}
+
+#[test]
+fn loss_scales() {
+    check_on_device("loss_scale.json");
+}
+
+#[test]
+fn given_norms() {
+    check_on_device("given_norm.json");
 }
 
 #[test]
