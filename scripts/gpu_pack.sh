@@ -67,7 +67,7 @@ for option; do
   esac
 done
 
-cp tests/golden/*.json tests/golden/README.md "$pack/golden"
+cp tests/golden/*.json tests/golden/*.md "$pack/golden"
 cp benches/torch_gpu.py scripts/record_to_tables.py "$pack"
 cp scripts/gpu_run.sh "$pack/run.sh"
 git describe --always --dirty --abbrev=12 > "$pack/COMMIT"

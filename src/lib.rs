@@ -42,7 +42,7 @@
 //!
 //! `N` is the norm over all gradients before clipping; the report gives it back. If `N + eps > max_norm`, every element
 //! becomes `x * max_norm / (N + eps)`. Otherwise nothing is written. `eps` is 0, so the clipped norm equals `max_norm`;
-//! [`ClipNorm::torch_compatible`] makes it PyTorch's 1e-6.
+//! [`ClipNorm::torch_compatible`] makes it PyTorch's 1e-6, and [`compat`] has presets for the clipping of other libraries.
 //!
 //! ```
 //! use gradclip::{cpu, ClipNorm, Error};
@@ -110,6 +110,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapters;
+pub mod compat;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]

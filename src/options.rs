@@ -111,7 +111,8 @@ impl ClipNorm {
     }
 
     /// `min(max_norm / (total_norm + 1e-6), 1)`, the formula of PyTorch: eps is 1e-6, so a norm within 1e-6 below
-    /// `max_norm` is scaled too. What happens to NaN and Inf stays [`nonfinite`](Self::nonfinite)'s to say.
+    /// `max_norm` is scaled too. What happens to NaN and Inf stays [`nonfinite`](Self::nonfinite)'s to say;
+    /// [`compat::torch::clip_grad_norm`](crate::compat::torch::clip_grad_norm) has PyTorch's answer to them besides.
     #[must_use]
     pub const fn torch_compatible(self) -> Self {
         self.eps(Self::TORCH_EPS)
