@@ -15,7 +15,8 @@
 //!
 //! # Back ends
 //!
-//! The verbs are the same in each: `total_norm`, `clip_grad_norm`, `clip_grad_value`.
+//! The verbs are the same in each: `total_norm`, `clip_grad_norm`, `clip_grad_value`; and `norms_by`, `clip_grad_norm_by`
+//! where not all gradients share one norm ([`Scope`]).
 //!
 //! | module | gradients in | result |
 //! |---|---|---|
