@@ -24,6 +24,7 @@
 //! | `total_norm` | only measures |
 //! | `clip_with_norm` | only scales, by a norm that the caller has |
 //! | `clip_coef` | measures, and gives the factor to an optimizer that multiplies by it; writes nothing |
+//! | `norms_by`, `clip_grad_norm_by` | the first two where not all gradients share one norm ([`Scope`]): of each tensor, group or row |
 //!
 //! | module | gradients in | result |
 //! |---|---|---|
