@@ -34,9 +34,9 @@ enum NonFinite : u32 { kSkip = 0, kZero = 1, kPropagate = 2 };
 // What the apply stage has to do with the gradients.
 enum Action : u32 {
   kKeep = 0,    // nothing is written
-  kScale = 1,   // x * clip_coef, every x finite
+  kScale = 1,   // x * multiplier, which is finite
   kClear = 2,   // +0 everywhere
-  kPoison = 3,  // x * clip_coef with a clip_coef or an x that is not finite: NaNs come out canonical
+  kPoison = 3,  // x * multiplier with a multiplier or an x that is not finite: NaNs come out canonical
 };
 
 struct TensorDesc {
@@ -61,6 +61,8 @@ struct ClipParams {
   const double* max_norm_at;  // if not null, where the threshold is instead: a captured graph can be given another one
   double eps;
   double p;  // order of the norm if norm_type is kP, and not 1, 2 or infinite
+  double loss_scale;           // what the gradients are multiplied by as they come; 1 for none
+  const float* loss_scale_at;  // if not null, where it is instead
   u32 norm_type;
   u32 nonfinite;
 };
@@ -77,15 +79,78 @@ constexpr u64 kNoTile = ~0ull;
 
 // One call's result. It stays on the device until somebody asks.
 struct ReportSlot {
-  double total_norm;     // before clipping
-  double clip_coef;      // what the gradients were multiplied by; 1 when they were left alone
+  double total_norm;     // before clipping, without the loss scale
+  double clip_coef;      // what clipping asks for; 1 when that is nothing
+  double multiplier;     // what the gradients were multiplied by: clip_coef / loss_scale; 1 when they were left alone
   u64 first_bad_tile;    // lowest tile that holds a NaN or an Inf, or kNoTile
   u64 clipped_elements;  // value clipping
   u64 nan_elements;      // value clipping
-  float coef_hi;         // clip_coef rounded down to f32 ...
+  float multiplier_f32;  // multiplier rounded to nearest
+  float found_inf;       // 1 if total_norm is NaN or infinite, else 0: what fused optimizers take
+  float coef_hi;         // multiplier rounded down to f32 ...
   float coef_lo;         // ... and what that left over
   u32 action;
-  u32 reserved[3];
+  u32 reserved;
+};
+
+// A call with more than one norm. A group is what shares a norm: a tensor, several, or one row of one (rows being the
+// slices along the leading dimension). The table is in the order of the groups, so that each owns tiles in a row.
+struct ScopedTensor {
+  u64 address;     // of element 0, aligned to its dtype
+  u64 row_numel;   // elements of a row; of the tensor, where rows do not count
+  u32 first_tile;  // tiles of all tensors before this one in the table
+  u32 num_tiles;
+  u32 tiles_per_row;
+  u32 first_group;  // that of row 0; each row that counts has the next one
+  u32 dtype;
+  u32 index;  // of the tensor in the caller's list
+};
+
+constexpr u64 kSameThreshold = 0x7ff8000000000001ull;  // as the bits of a max_norm: the one of the call
+
+struct ScopedGroup {
+  double max_norm;  // or kSameThreshold
+  u64 numel;
+  u32 first_tile;
+  u32 num_tiles;
+};
+
+// What a pass sees besides the norm. Of a tile, of a tensor.
+struct Stats {
+  double max_abs;       // of the finite elements
+  u64 zeros;            // elements that are 0 or -0
+  u64 nonfinite;        // elements that are NaN or infinite
+  u64 first_nonfinite;  // the first of them, as an index into the row or the tensor; or kNoElement
+};
+constexpr u64 kNoElement = ~0ull;
+
+// One tensor, in the order of the caller's list.
+struct StatsSlot {
+  double norm;
+  Stats stats;
+};
+
+struct ScopedTable {
+  const ScopedTensor* tensors;
+  u32 num_tensors;
+};
+
+// What the jobs of the second stage are made of, and where they leave their results.
+struct ScopedJobs {
+  const ScopedGroup* groups;
+  u32 num_groups;
+  u32 num_stats;  // jobs after those of the groups: one for each tensor, or none
+  const double* sums;
+  const double* scales;
+  const Stats* tile_stats;
+  ReportSlot* reports;
+  StatsSlot* tensor_stats;
+};
+
+// Where the results of a scoped call go. They belong to call number `call` once header->call says so.
+struct ScopedHeader {
+  u64 call;
+  u64 reserved[7];
 };
 
 }  // namespace gradclip

@@ -156,11 +156,9 @@ struct PowerChains {
   __device__ __forceinline__ double of_warp() { return warp_sum(lane_sum<T>(chain)); }
 };
 
+// `bits` are those of the largest magnitude of the segment.
 template <class T>
-__device__ __forceinline__ Partial power_sum(const TensorView<T>& tensor, u64 first, double p) {
-  LargestMagnitude<T> largest;
-  walk_segment(tensor, first, largest);
-  const u64 bits = largest.of_warp();
+__device__ __forceinline__ Partial power_sum(const TensorView<T>& tensor, u64 first, u64 bits, double p) {
   const double scale = magnitude_value<T>(bits);
   if (bits == 0) return {0.0, 1.0};
   if (bits >= T::kInfBits) return {scale, f64_from_bits(kInf64)};
@@ -191,30 +189,50 @@ __device__ __forceinline__ Partial rescued_sum(const TensorView<T>& tensor, u64 
   return {chains.of_warp(), scale};
 }
 
+// Shows each pack to `observer` as well, on the one pass that every element makes.
+template <class Rows, class Observer>
+struct Watched {
+  Rows& rows;
+  Observer& observer;
+
+  __device__ __forceinline__ void add_row(const Pack& pack) {
+    rows.add_row(pack);
+    observer.add_row(pack);
+  }
+};
+
+struct NoObserver {
+  __device__ __forceinline__ void add_row(const Pack&) {}
+};
+
 // `p` is read for kP only.
-template <u32 kNorm, class T>
-__device__ __forceinline__ Partial segment_partial(const TensorView<T>& tensor, u64 first, double p) {
+template <u32 kNorm, class T, class Observer>
+__device__ __forceinline__ Partial segment_partial(const TensorView<T>& tensor, u64 first, Observer& observer,
+                                                   double p) {
   if (first >= tensor.numel) return {0.0, 1.0};
-  if constexpr (kNorm == kInf) {
+  if constexpr (kNorm == kInf || kNorm == kP) {
     LargestMagnitude<T> largest;
-    walk_segment(tensor, first, largest);
-    return {magnitude_value<T>(largest.of_warp()), 1.0};
-  } else if constexpr (kNorm == kP) {
-    return power_sum<T>(tensor, first, p);
+    Watched<LargestMagnitude<T>, Observer> watched = {largest, observer};
+    walk_segment(tensor, first, watched);
+    const u64 bits = largest.of_warp();
+    if constexpr (kNorm == kP) return power_sum<T>(tensor, first, bits, p);
+    return {magnitude_value<T>(bits), 1.0};
   } else {
     using Norm = typename NormOf<kNorm>::Type;
-    Chains<T, typename FastChain<Norm, T>::Type> chains;
-    walk_segment(tensor, first, chains);
+    using Sums = Chains<T, typename FastChain<Norm, T>::Type>;
+    Sums chains;
+    Watched<Sums, Observer> watched = {chains, observer};
+    walk_segment(tensor, first, watched);
     const double sum = chains.of_warp();
     return in_safe_range<Norm, T>(sum) ? Partial{sum, 1.0} : rescued_sum<Norm, T>(tensor, first, sum);
   }
 }
 
-template <u32 kNorm, class T>
-__device__ __forceinline__ Partial segment_partial(const TensorDesc& desc, u32 tile, double p) {
-  const TensorView<T> tensor = {desc.address, desc.numel};
+// The first element of this warp's segment.
+template <class T>
+__device__ __forceinline__ u64 segment_begin(const TensorDesc& desc, u32 tile) {
   const u64 segment = static_cast<u64>(tile - desc.first_tile) * kSegmentsPerTile + thread_index() / kWarpThreads;
-  return segment_partial<kNorm, T>(tensor, segment * (kSegmentBytes / T::kSize), p);
+  return segment * (kSegmentBytes / T::kSize);
 }
 
 }  // namespace gradclip

@@ -8,7 +8,7 @@ namespace gradclip {
 // The last tensor whose first tile is not after `tile`. Empty tensors own no tile: the next one starts where they do,
 // and being later in the table it is the one found.
 template <class Tensors>
-__device__ __forceinline__ TensorDesc find_in(const Tensors& tensors, u32 num_tensors, u32 tile) {
+__device__ __forceinline__ auto find_in(const Tensors& tensors, u32 num_tensors, u32 tile) {
   u32 lo = 0;
   u32 hi = num_tensors;
   while (hi - lo > 1) {

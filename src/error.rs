@@ -9,7 +9,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A threshold that is negative or NaN (`max_norm`, `eps`, a clip value).
+    /// A threshold that is negative or NaN (`max_norm`, `eps`, a clip value, a norm that is given), or a loss scale that
+    /// is no positive number.
     #[error("{name} must be {expected}, got {got}")]
     InvalidThreshold {
         /// Which option.
@@ -30,9 +31,13 @@ pub enum Error {
         /// The order given.
         got: f64,
     },
-    /// A threshold by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at)) that cannot be read.
-    #[error("the address of max_norm, {address:#x}, {reason}")]
+    /// A threshold, loss scale or norm by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at),
+    /// [`ClipNorm::loss_scale_at`](crate::ClipNorm::loss_scale_at), [`TotalNorm::at`](crate::TotalNorm::at)) that cannot
+    /// be read.
+    #[error("the address of {name}, {address:#x}, {reason}")]
     ThresholdAddress {
+        /// What lies there.
+        name: &'static str,
         /// The address given.
         address: u64,
         /// What is wrong with it.
@@ -72,6 +77,40 @@ pub enum Error {
         /// Its address.
         address: u64,
     },
+    /// A list of a [`Scope`](crate::Scope) that has not one entry for each tensor (`groups`, `rows`) or for each group
+    /// (`max_norms`).
+    #[error("{what} has {got} entries, expected {expected}")]
+    ScopeLength {
+        /// Which list.
+        what: &'static str,
+        /// Entries it should have.
+        expected: usize,
+        /// Entries it has.
+        got: usize,
+    },
+    /// A group that is not below the number of thresholds, or, where there are none, of tensors.
+    #[error("tensor {tensor} is in group {group}, and groups are numbered from 0 to {}", .groups.saturating_sub(1))]
+    NoSuchGroup {
+        /// Index in the list.
+        tensor: usize,
+        /// Its group.
+        group: usize,
+        /// How many groups there can be.
+        groups: usize,
+    },
+    /// A tensor that cannot be cut into so many rows of one length.
+    #[error("tensor {tensor} has {numel} elements, which are not {rows} rows of one length")]
+    UnevenRows {
+        /// Index in the list.
+        tensor: usize,
+        /// Its number of elements.
+        numel: u64,
+        /// Rows asked for.
+        rows: usize,
+    },
+    /// [`Scope::leading_dimension`](crate::Scope::leading_dimension) of gradients that have no shape.
+    #[error("these gradients have no shape; say how many rows each has, with Scope::rows")]
+    ShapesUnknown,
     /// A tensor larger than the address space, or a list of more than 2^31 tiles of 32 KiB.
     #[error("tensor {tensor} with {numel} elements makes the list too large")]
     TooLarge {
@@ -158,12 +197,22 @@ pub enum Error {
         /// What would have to be prepared.
         what: &'static str,
     },
-    /// The report was overwritten: [`REPORTS_KEPT`](crate::REPORTS_KEPT) later calls went through the same clipper.
-    #[error("the report is gone: only the last {} are kept on the device", crate::REPORTS_KEPT)]
+    /// The report was overwritten: [`REPORTS_KEPT`](crate::REPORTS_KEPT) later calls went through the same clipper, or, of a
+    /// call with a [`Scope`](crate::Scope), one more such call.
+    #[error(
+        "the report is gone: only the last {} are kept on the device, and of calls with a scope the last",
+        crate::REPORTS_KEPT
+    )]
     ReportExpired,
     /// The report of a call that was captured into a graph, before the graph has run.
     #[error("the call was captured into a graph that has not run yet; launch the graph before its report is read")]
     ReportNotReady,
+    /// A norm that `clip_with_norm` was given as the report of another call, and that it cannot read on the device.
+    #[error("the given norm {reason}")]
+    NormOutOfReach {
+        /// Why not, and what to do.
+        reason: &'static str,
+    },
     /// Every report slot for captured calls is taken: [`REPORTS_KEPT`](crate::REPORTS_KEPT) calls of the same clipper
     /// were captured.
     #[error("all {} report slots are held by captured graphs; use another clipper", crate::REPORTS_KEPT)]

@@ -12,6 +12,12 @@ pub(crate) struct TensorRef {
     pub dtype: Dtype,
 }
 
+impl TensorRef {
+    /// Of no memory: what stands for a variable without gradient.
+    #[cfg(any(feature = "candle-cuda", all(feature = "tch", feature = "cuda")))]
+    pub(crate) const NOTHING: Self = Self { address: 0, numel: 0, dtype: Dtype::F32 };
+}
+
 /// Tiles of a tensor: a tensor of any size starts a new one.
 pub(crate) fn num_tiles(numel: u64, dtype: Dtype) -> u64 {
     numel.div_ceil((TILE_BYTES / dtype.size()) as u64)
@@ -28,7 +34,6 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn descs(&self) -> &[TensorDesc] {
         &self.descs
     }
@@ -79,9 +84,9 @@ impl Plan {
         self.by_address.clear();
         let mut next_tile = 0;
         for (index, &TensorRef { address, numel, dtype }) in tensors.iter().enumerate() {
-            let too_large = Error::TooLarge { tensor: index, numel };
-            let size = numel.checked_mul(dtype.size() as u64).ok_or(too_large.clone())?;
-            let end = address.checked_add(size).ok_or(too_large.clone())?;
+            let too_large = || Error::TooLarge { tensor: index, numel };
+            let size = numel.checked_mul(dtype.size() as u64).ok_or_else(too_large)?;
+            let end = address.checked_add(size).ok_or_else(too_large)?;
             if numel > 0 && address % dtype.size() as u64 != 0 {
                 return Err(Error::Misaligned { tensor: index, dtype, address });
             }
@@ -89,7 +94,7 @@ impl Plan {
             next_tile = u32::try_from(u64::from(next_tile) + num_tiles(numel, dtype))
                 .ok()
                 .filter(|&tiles| tiles <= i32::MAX as u32)
-                .ok_or(too_large)?;
+                .ok_or_else(too_large)?;
             if numel > 0 {
                 self.has_f64 |= dtype == Dtype::F64;
                 self.by_address.push((address, end, index));

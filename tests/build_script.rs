@@ -115,7 +115,9 @@ echo "{ptx}" > "$2""#
 #[test]
 fn committed_snapshot_fits_the_kernels() -> Result<()> {
     let stems: Vec<_> = ptx::read_snapshot(Path::new(KERNELS))?.into_iter().map(|(stem, _)| stem).collect();
-    assert_eq!(stems, ["clamp", "clip_coef", "norm_partials", "norm_partials_p", "scale"]);
+    let expected =
+        ["clamp", "clip_coef", "norm_partials", "norm_partials_p", "scale", "scoped", "scoped_p", "scoped_stats"];
+    assert_eq!(stems, expected);
     Ok(())
 }
 

@@ -16,14 +16,30 @@ use golden::{check, folder, read, wrong_cases, Answer, Case, Counts, Golden, Op,
 use gradclip::{cpu, Error};
 use std::collections::BTreeMap;
 
-const FILES: [&str; 6] =
-    ["published.json", "edges.json", "value.json", "random.json", "other_orders.json", "invalid_thresholds.json"];
+/// The files read here.
+const FILES: [&str; 8] = [
+    "published.json",
+    "edges.json",
+    "value.json",
+    "random.json",
+    "other_orders.json",
+    "loss_scale.json",
+    "given_norm.json",
+    "invalid_thresholds.json",
+];
+const PRESETS: &str = "presets.json";
 
 fn run(case: &Case) -> Outcome {
     let mut grads = case.grads.clone();
     let answer = match case.op {
         Op::TotalNorm(norm_type) => cpu::total_norm(&grads, norm_type).map(Answer::Norm),
-        Op::ClipNorm { .. } => cpu::clip_grad_norm(&mut grads, case.clip_norm().unwrap()).map(Answer::Norm),
+        Op::ClipNorm { .. } => match case.scope() {
+            None => cpu::clip_grad_norm(&mut grads, case.clip_norm().unwrap()).map(Answer::Norm),
+            Some(scope) => cpu::clip_grad_norm_by(&mut grads, &scope, case.clip_norm().unwrap()).map(Answer::Norms),
+        },
+        Op::ClipWithNorm { total_norm, .. } => {
+            cpu::clip_with_norm(&mut grads, total_norm, case.clip_norm().unwrap()).map(Answer::Norm)
+        }
         Op::ClipValue { .. } => cpu::clip_grad_value(&mut grads, case.clip_value().unwrap()).map(Answer::Value),
     };
     Outcome { answer, grads }
@@ -55,8 +71,41 @@ fn norms_of_other_orders() {
 }
 
 #[test]
+fn loss_scales() {
+    check("loss_scale.json", run);
+}
+
+#[test]
+fn given_norms() {
+    check("given_norm.json", run);
+}
+
+#[test]
 fn invalid_thresholds() {
     check("invalid_thresholds.json", run);
+}
+
+#[test]
+fn presets_of_the_peers() {
+    check(PRESETS, run);
+}
+
+/// The page of the presets counts their cases, and each of [`gradclip::compat`] has some.
+#[test]
+fn no_preset_is_missed() {
+    let page = std::fs::read_to_string(folder().join("PRESETS.md")).unwrap();
+    let mut found: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    for golden in read(PRESETS) {
+        let (cases, differ) = found.entry(golden.case.preset.unwrap().name).or_default();
+        *cases += 1;
+        *differ += usize::from(golden.peer_differs.is_some());
+    }
+    assert_eq!(found.len(), 14);
+    for (name, counts) in found {
+        let row = page.lines().find(|line| line.starts_with(&format!("| `{name}` | clip_grad_"))).unwrap();
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        assert_eq!((cells[5].parse().unwrap(), cells[6].parse().unwrap()), counts, "{name}");
+    }
 }
 
 /// The README of the golden files counts its cases; all are read, and none is in a file that nobody reads.
@@ -80,7 +129,7 @@ fn no_case_is_missed() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .filter(|name| name.ends_with(".json"))
         .collect();
-    let mut known = FILES;
+    let mut known = [&FILES[..], &[PRESETS]].concat();
     files.sort();
     known.sort_unstable();
     assert_eq!(files, known);
@@ -90,8 +139,12 @@ fn no_case_is_missed() {
 #[test]
 fn the_oracle_of_these_tests_agrees() {
     for Golden { case, exact_norm, .. } in FILES.into_iter().flat_map(read) {
-        let (Op::TotalNorm(norm_type) | Op::ClipNorm { norm_type, .. }) = case.op else { continue };
-        let (ours, theirs) = (exact::total_norm(&case.grads, norm_type), exact_norm.unwrap());
+        let (norm_type, loss_scale) = match case.op {
+            Op::TotalNorm(norm_type) => (norm_type, 1.0),
+            Op::ClipNorm { norm_type, loss_scale, .. } => (norm_type, loss_scale),
+            _ => continue,
+        };
+        let (ours, theirs) = (exact::total_norm(&case.grads, norm_type) / loss_scale, exact_norm.unwrap());
         assert!(ours == theirs || (ours.is_nan() && theirs.is_nan()), "{}: {ours:e}, {theirs:e}", case.name);
     }
 }
@@ -121,12 +174,43 @@ mod a_wrong_back_end_is_noticed {
         }
     }
 
+    fn change_norms(change: impl Fn(&mut NormReport)) -> impl Fn(&Case, &mut Outcome) {
+        move |_, outcome| {
+            if let Ok(Answer::Norms(report)) = &mut outcome.answer {
+                report.groups.iter_mut().for_each(&change);
+            }
+        }
+    }
+
     fn change_value(change: impl Fn(&mut ValueReport)) -> impl Fn(&Case, &mut Outcome) {
         move |_, outcome| {
             if let Ok(Answer::Value(report)) = &mut outcome.answer {
                 change(report);
             }
         }
+    }
+
+    /// Another preset in place of that of the case.
+    #[test]
+    fn presets() {
+        let (goldens, mut noticed) = (read(PRESETS), 0);
+        for (from, to) in
+            [("keras::clipnorm", "burn::norm"), ("keras::global_clipnorm", "tensorflow::clip_by_global_norm")]
+                .into_iter()
+                .chain([
+                    ("torch::clip_grad_norm", "optax::clip_by_global_norm"),
+                    ("megatron::clip_grad", "torch::clip_grad_norm"),
+                ])
+        {
+            let other = |case: &Case| {
+                let mut case = case.clone();
+                case.preset.as_mut().filter(|preset| preset.name == from).map(|preset| preset.name = to.into());
+                run(&case)
+            };
+            assert!(wrong_cases(&goldens, other).len() > 1, "{from} as {to}");
+            noticed += 1;
+        }
+        assert_eq!(noticed, 4);
     }
 
     /// Moves every element of the first tensor by some units in the last place.
@@ -145,6 +229,13 @@ mod a_wrong_back_end_is_noticed {
         assert!(noticed("edges.json", change_norm(|report| report.clip_coef *= 1.0 + 1e-15)));
         assert!(noticed("edges.json", change_norm(|report| report.written = false)));
         assert!(noticed("edges.json", change_norm(|report| report.first_nonfinite = None)));
+        assert!(noticed(PRESETS, change_norms(|report| report.total_norm *= 1.0 + 1e-11)));
+        assert!(noticed(PRESETS, change_norms(|report| report.clip_coef *= 1.0 + 1e-15)));
+        assert!(noticed(PRESETS, change_norms(|report| report.first_nonfinite = None)));
+        assert!(noticed("loss_scale.json", change_norm(|report| report.multiplier = report.clip_coef)));
+        assert!(noticed("loss_scale.json", change_norm(|report| report.found_inf = !report.found_inf)));
+        assert!(noticed("loss_scale.json", change_norm(|report| report.total_norm *= 2.0)));
+        assert!(noticed("given_norm.json", change_norm(|report| report.first_nonfinite = Some(0))));
         assert!(noticed("value.json", change_value(|report| report.clipped += report.nan)));
         assert!(noticed("value.json", change_value(|report| report.nan = 0)));
         assert!(noticed("value.json", change_value(|report| report.written = true)));
@@ -154,6 +245,10 @@ mod a_wrong_back_end_is_noticed {
     #[test]
     fn gradients() {
         assert!(noticed("published.json", move_elements(2)));
+        assert!(noticed(PRESETS, move_elements(2)));
+        assert!(noticed(PRESETS, |case, outcome| outcome.grads.clone_from(&case.grads)));
+        assert!(noticed("loss_scale.json", move_elements(2)));
+        assert!(noticed("given_norm.json", move_elements(2)));
         assert!(noticed("value.json", move_elements(1)));
         assert!(noticed("edges.json", |case, outcome| outcome.grads.clone_from(&case.grads)));
         assert!(noticed("edges.json", |case, outcome| {
@@ -179,7 +274,7 @@ mod a_wrong_back_end_is_noticed {
 #[test]
 fn summary() {
     let mut counts = Counts::default();
-    FILES.into_iter().flat_map(read).for_each(|golden| counts.add(&golden));
+    FILES.into_iter().chain([PRESETS]).flat_map(read).for_each(|golden| counts.add(&golden));
     println!("golden cases\n{counts}");
     assert!(counts.cases.values().sum::<usize>() > 1000);
 }

@@ -8,7 +8,7 @@ mod data;
 mod support;
 
 use data::{bits, Source, Tensor, Values, DTYPES};
-use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormType};
+use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType, Scope, TensorStats};
 use support::runner::{self, Case, Operation, Runner};
 
 fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
@@ -20,7 +20,7 @@ fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
     };
     let size = dtype.size();
     let data = tensor.values.bits().iter().flat_map(|bits| bits.to_le_bytes()[..size].to_vec()).collect();
-    runner::Tensor { dtype, misalign: (tensor.offset * size % 16) as u32, data }
+    runner::Tensor { dtype, misalign: (tensor.offset * size % 16) as u32, rows: 1, data }
 }
 
 fn bits_of(tensor: &runner::Tensor, bytes: &[u8]) -> Vec<u64> {
@@ -64,9 +64,23 @@ fn lists() -> Vec<Vec<Tensor>> {
 struct Expected {
     norm: u64,
     coef: u64,
+    multiplier: u64,
+    found_inf: bool,
     tensors: Vec<Vec<u64>>,
     clipped: u64,
     nan: u64,
+}
+
+fn expected_of(report: &NormReport, tensors: &[Tensor]) -> Expected {
+    Expected {
+        norm: report.total_norm.to_bits(),
+        coef: report.clip_coef.to_bits(),
+        multiplier: report.multiplier.to_bits(),
+        found_inf: report.found_inf,
+        tensors: bits(tensors),
+        clipped: 0,
+        nan: 0,
+    }
 }
 
 #[test]
@@ -80,7 +94,8 @@ fn kernels_and_cpu_path_agree() {
         let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01)];
         for (variant, norm_type) in orders.into_iter().enumerate() {
             let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
-            let clip = ClipNorm::new(1e-3).norm_type(norm_type).nonfinite(policy);
+            let loss_scale = [1.0, 1024.0, 0.3][index % 3];
+            let clip = ClipNorm::new(1e-3).norm_type(norm_type).loss_scale(loss_scale).nonfinite(policy);
             let mut clipped = list.clone();
             let report = cpu::clip_grad_norm(&mut clipped, clip).unwrap();
             cases.push(Case {
@@ -88,6 +103,7 @@ fn kernels_and_cpu_path_agree() {
                 operation: Operation::ClipNorm {
                     max_norm: 1e-3,
                     eps: 0.0,
+                    loss_scale,
                     norm_type,
                     nonfinite: ((index + variant) % 3) as u32,
                 },
@@ -96,15 +112,25 @@ fn kernels_and_cpu_path_agree() {
                 blocks: 1 + 2 * (index as u32 % 2),
                 reversed: (index + variant) % 2 == 1,
             });
-            expected.push(Expected {
-                norm: report.total_norm.to_bits(),
-                coef: report.clip_coef.to_bits(),
-                tensors: bits(&clipped),
-                clipped: 0,
-                nan: 0,
-            });
+            expected.push(expected_of(&report, &clipped));
             names.push(format!("list {index}, {norm_type:?}, {policy:?}"));
         }
+        // By a norm that has nothing to do with the list.
+        let (total_norm, max_norm) = ([0.7, 3.0, f64::INFINITY][index % 3], 1.0);
+        let loss_scale = [1.0, 0.3][index % 2];
+        let mut given = list.clone();
+        let clip = ClipNorm::new(max_norm).loss_scale(loss_scale).nonfinite(NonFinite::Propagate);
+        let report = cpu::clip_with_norm(&mut given, total_norm, clip).unwrap();
+        cases.push(Case {
+            tensors: tensors.clone(),
+            operation: Operation::ClipWithNorm { total_norm, max_norm, loss_scale, nonfinite: 2 },
+            table_in_memory: index % 2 == 1,
+            with_scales: false,
+            blocks: 2,
+            reversed: index % 2 == 0,
+        });
+        expected.push(expected_of(&report, &given));
+        names.push(format!("list {index}, given norm {total_norm}"));
         // A bound that every dtype holds, so that the case needs no rounding of its own.
         let bound = 0.0078125;
         let mut clamped = list.clone();
@@ -121,6 +147,8 @@ fn kernels_and_cpu_path_agree() {
         expected.push(Expected {
             norm: 0f64.to_bits(),
             coef: 1f64.to_bits(),
+            multiplier: 1f64.to_bits(),
+            found_inf: report.first_nonfinite.is_some(),
             tensors: bits(&clamped),
             clipped: report.clipped,
             nan: report.nan,
@@ -132,6 +160,10 @@ fn kernels_and_cpu_path_agree() {
     for (((outcome, case), expected), what) in outcomes.iter().zip(&cases).zip(&expected).zip(&names) {
         assert_eq!(outcome.report.total_norm.to_bits(), expected.norm, "{what}: norm");
         assert_eq!(outcome.report.clip_coef.to_bits(), expected.coef, "{what}: coefficient");
+        assert_eq!(outcome.report.multiplier.to_bits(), expected.multiplier, "{what}: multiplier");
+        let nearest = (f64::from_bits(expected.multiplier) as f32).to_bits();
+        assert_eq!(outcome.report.multiplier_f32.to_bits(), nearest, "{what}: multiplier in f32");
+        assert_eq!(outcome.report.found_inf, f32::from(u8::from(expected.found_inf)), "{what}: found_inf");
         assert_eq!(
             (outcome.report.clipped_elements, outcome.report.nan_elements),
             (expected.clipped, expected.nan),
@@ -140,5 +172,81 @@ fn kernels_and_cpu_path_agree() {
         let tensors: Vec<_> =
             case.tensors.iter().zip(&outcome.tensors).map(|(tensor, bytes)| bits_of(tensor, bytes)).collect();
         assert_eq!(tensors, expected.tensors, "{what}: gradients");
+    }
+}
+
+/// Rows of odd lengths that share packs with their neighbours, rows of more than a tile, more rows than a warp folds,
+/// and no rows at all, with NaN and Inf among them.
+fn lists_of_rows() -> Vec<Vec<(Tensor, usize)>> {
+    let mut source = Source::new(12);
+    let mut lists = vec![vec![], vec![(source.tensor(Dtype::F32, 0, 0), 0), (source.tensor(Dtype::F16, 0, 0), 3)]];
+    for dtype in DTYPES {
+        let tile = 32 * 1024 / dtype.size();
+        let shapes = [(7, 3), (0, 0), (1, 5), (3, tile / 8 + 3), (2, tile + 1), (4, 0), (5, tile / 2048 + 1)];
+        let mut list: Vec<_> = shapes
+            .into_iter()
+            .enumerate()
+            .map(|(i, (rows, numel))| (source.tensor(dtype, rows * numel, i % 4), rows))
+            .collect();
+        for (one, special) in [(0, f64::NAN), (3, f64::INFINITY), (4, 0.0), (6, 1e-30)] {
+            let mut values = list[one].0.values.values();
+            let place = values.len() - 2;
+            values[place] = special;
+            values[1] = special;
+            list[one].0.values = Values::from_f64(dtype, values);
+        }
+        lists.push(list);
+        lists.push(vec![(source.tensor(dtype, 900, 1), 300), (source.tensor(DTYPES[1], 40, 0), 40)]);
+    }
+    lists
+}
+
+#[test]
+fn scoped_kernels_and_cpu_path_agree() {
+    let Some(runner) = Runner::from_env() else { return };
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    for (index, list) in lists_of_rows().into_iter().enumerate() {
+        let (list, rows): (Vec<Tensor>, Vec<usize>) = list.into_iter().unzip();
+        let mut tensors: Vec<_> = list.iter().map(runner_tensor).collect();
+        tensors.iter_mut().zip(&rows).for_each(|(tensor, &rows)| tensor.rows = rows as u64);
+        for variant in 0..8 {
+            let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(2.5)];
+            let (one_group, norm_type) = (variant % 2 == 1, orders[variant / 2]);
+            let stats = (index + variant / 2) % 2 == 0;
+            let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
+            let clip = ClipNorm::new(2e-2).norm_type(norm_type).nonfinite(policy);
+            let scope = if one_group { Scope::global() } else { Scope::rows(&rows) };
+            let scope = if stats { scope.telemetry() } else { scope };
+            let mut clipped = list.clone();
+            let report = cpu::clip_grad_norm_by(&mut clipped, &scope, clip).unwrap();
+            cases.push(Case {
+                tensors: tensors.clone(),
+                operation: Operation::Scoped {
+                    max_norm: 2e-2,
+                    norm_type,
+                    nonfinite: ((index + variant) % 3) as u32,
+                    one_group,
+                    stats,
+                },
+                table_in_memory: true,
+                with_scales: true,
+                blocks: 1 + variant as u32,
+                reversed: (index + variant / 3) % 2 == 1,
+            });
+            expected.push((report, bits(&clipped), format!("list {index}, {clip:?}, one group: {one_group}")));
+        }
+    }
+    assert!(expected.iter().any(|(report, ..)| (1..report.groups.len()).contains(&report.num_written())));
+    for ((outcome, case), (report, tensors, what)) in runner.run(&cases).iter().zip(&cases).zip(&expected) {
+        let groups: Vec<_> =
+            outcome.groups.iter().map(|group| (group.total_norm.to_bits(), group.clip_coef.to_bits())).collect();
+        let on_cpu: Vec<_> =
+            report.groups.iter().map(|group| (group.total_norm.to_bits(), group.clip_coef.to_bits())).collect();
+        assert_eq!(groups, on_cpu, "{what}: norms");
+        let stats: Vec<TensorStats> = outcome.stats.iter().map(|&slot| slot.into()).collect();
+        assert_eq!(format!("{stats:?}"), format!("{:?}", report.tensors), "{what}: telemetry");
+        let got: Vec<_> =
+            case.tensors.iter().zip(&outcome.tensors).map(|(tensor, bytes)| bits_of(tensor, bytes)).collect();
+        assert_eq!(&got, tensors, "{what}: gradients");
     }
 }

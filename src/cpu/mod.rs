@@ -13,6 +13,8 @@ mod parallel;
 mod partial;
 mod power;
 mod scale;
+pub(crate) mod scoped;
+mod stats;
 mod summation;
 
 pub(crate) use clamp::Counts;
@@ -27,6 +29,8 @@ use crate::fp_env::DefaultFpEnv;
 use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
 use crate::plan::{Plan, TensorRef};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::{Scope, ScopedReport};
+use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 
 /// Norm over all gradients together.
@@ -55,7 +59,8 @@ pub fn total_norm<G: AsGrad>(grads: &[G], norm_type: NormType) -> Result<NormRep
 ///
 /// See [`ClipNorm`] for the formula and the options; `1.0` is short for `ClipNorm::new(1.0)`. When the norm is within
 /// the threshold nothing is written. When it is NaN or infinite, [`NonFinite`] decides; by default nothing is written.
-/// Each clipped element is within one unit in the last place of `x * clip_coef`.
+/// Each clipped element is within one unit in the last place of `x * multiplier`, which is `x * clip_coef` without a
+/// [`loss_scale`](ClipNorm::loss_scale).
 ///
 /// Cost: reads each gradient once; if it clips, reads and writes each once more. All cores.
 ///
@@ -79,6 +84,79 @@ pub fn clip_grad_norm<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipNorm>) 
         apply(&verdict, &mut writable);
     }
     Ok(report)
+}
+
+/// Scales the gradients by a norm that the caller has: what [`clip_grad_norm`] does after it has measured.
+///
+/// For a norm that is measured once and used for several lists, or is that of more gradients than are here: of shards,
+/// of pipeline stages. It is PyTorch's `clip_grads_with_norm_`, as [`total_norm`] is its `get_total_norm`. Formula,
+/// options and policies are those of [`ClipNorm`], by the norm that is given; its order does not matter here. The report
+/// has that norm (with a [`loss_scale`](ClipNorm::loss_scale), over it), and names no tensor.
+///
+/// The gradients themselves are not looked at first. So where the norm is finite and they are not, they are multiplied
+/// like all: an Inf stays one (times 0 it is NaN), a NaN stays NaN, without its payload.
+///
+/// Cost: nothing where the norm is within the threshold; else reads and writes each gradient once. All cores.
+///
+/// # Errors
+/// A norm or a threshold that is negative, or a threshold that is NaN; gradients that share memory; a norm that is not
+/// finite, if the policy is [`NonFinite::Error`]. Nothing is touched then.
+///
+/// ```
+/// use gradclip::{cpu, NormType};
+/// let (mut here, there) = ([[3.0f32]], [[4.0f32]]); // two shards
+/// let norms = [&here, &there].map(|shard| cpu::total_norm(shard, NormType::L2));
+/// let [a, b] = norms.map(|report| report.map_or(f64::NAN, |report| report.total_norm));
+/// let report = cpu::clip_with_norm(&mut here, a.hypot(b), 1.0)?;
+/// assert_eq!((report.total_norm, report.clip_coef), (5.0, 0.2));
+/// assert_eq!(here, [[0.6]]);
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_with_norm<G: AsGradMut>(grads: &mut [G], total_norm: f64, clip: impl Into<ClipNorm>) -> Result<NormReport> {
+    let clip = clip.into();
+    let readable = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let (report, verdict) = judge(&readable, total_norm, &clip)?;
+    if verdict.written() {
+        let mut writable = collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?;
+        apply_to_any(&verdict, &mut writable);
+    }
+    Ok(report)
+}
+
+/// What [`clip_grad_norm`] would multiply the gradients by, for an optimizer that multiplies them itself: it reads them
+/// anyway, so that saves reading and writing them once more.
+///
+/// The factor is [`multiplier`](NormReport::multiplier), and `written` is false. It is 1 where nothing is to be clipped.
+/// When the norm is NaN or infinite:
+///
+/// | policy | `multiplier` | the optimizer |
+/// |---|---|---|
+/// | [`Skip`](NonFinite::Skip) | 1 | has to leave the step out, by [`found_inf`](NormReport::found_inf) |
+/// | [`Zero`](NonFinite::Zero) | 0 | has to take 0 for the gradient: Inf or NaN times 0 is NaN |
+/// | [`Propagate`](NonFinite::Propagate) | NaN, or 0 for an infinite norm | multiplies |
+/// | [`Error`](NonFinite::Error) | | gets the error |
+///
+/// Cost: reads each gradient once, writes nothing; all cores.
+///
+/// # Errors
+/// As [`clip_grad_norm`].
+///
+/// ```
+/// use gradclip::{cpu, ClipNorm};
+/// let (mut weights, grads) = ([1.0f32, 2.0], [[3.0f32 * 1024.0, 4.0 * 1024.0]]);
+/// let report = cpu::clip_coef(&grads, ClipNorm::new(2.5).loss_scale(1024.0))?;
+/// if !report.found_inf {
+///     for (weight, grad) in weights.iter_mut().zip(&grads[0]) {
+///         *weight -= 0.5 * (grad * report.multiplier as f32); // SGD, clipped and unscaled
+///     }
+/// }
+/// assert_eq!((weights, grads), ([0.25, 1.0], [[3072.0, 4096.0]]));
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_coef<G: AsGrad>(grads: &[G], clip: impl Into<ClipNorm>) -> Result<NormReport> {
+    let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let (report, _) = measure(&grads, &clip.into())?;
+    Ok(NormReport { written: false, ..report })
 }
 
 /// Limits each element to `[-v, v]`, or to the bounds of a [`ClipValue`].
@@ -106,6 +184,61 @@ pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>
     Ok(value_report(&clamp_all(&bounds, &mut writable)))
 }
 
+/// The norm of each group of a [`Scope`]: of each tensor, of named groups, of each row.
+///
+/// A group's norm has the bits of [`total_norm`] over a list of its tensors alone. Of thresholds in the scope only their number
+/// matters.
+///
+/// Cost: reads each gradient once, writes nothing; all cores.
+///
+/// # Errors
+/// As [`total_norm`], and a scope that does not fit the list: [`Error::ScopeLength`], [`Error::NoSuchGroup`],
+/// [`Error::UnevenRows`], [`Error::ShapesUnknown`].
+///
+/// ```
+/// use gradclip::{cpu, NormType, Scope};
+/// let grads = [vec![3.0f32, 0.0, -4.0], vec![f32::NAN, 2.0]];
+/// let report = cpu::norms_by(&grads, &Scope::per_tensor().telemetry(), NormType::L2)?;
+/// assert_eq!(report.groups[0].total_norm, 5.0);
+/// let (first, second) = (report.tensors[0], report.tensors[1]);
+/// assert_eq!((first.max_abs, first.zeros, first.nonfinite), (4.0, 1, 0));
+/// assert_eq!((second.max_abs, second.nonfinite, second.first_nonfinite), (2.0, 1, Some(0)));
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn norms_by<G: AsGrad>(grads: &[G], scope: &Scope<'_>, norm_type: NormType) -> Result<ScopedReport> {
+    let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    Ok(scoped::measure(&grads, &scope.only_measured(), &ClipNorm::measure_only(norm_type))?.report)
+}
+
+/// [`clip_grad_norm`] of each group of a [`Scope`] by itself: each tensor, named groups, each row; with a threshold for
+/// all or one for each.
+///
+/// [`NonFinite`] decides for each group: a NaN in one leaves the others alone, but [`NonFinite::Error`] leaves all.
+///
+/// Cost: reads each gradient once; reads and writes those of the groups that clip once more. All cores.
+///
+/// # Errors
+/// As [`clip_grad_norm`], and a scope that does not fit the list, as for [`norms_by`]. Nothing is touched then.
+///
+/// ```
+/// use gradclip::{cpu, Scope};
+/// let mut grads = [[3.0f32, 4.0], [0.3, 0.4]];
+/// let report = cpu::clip_grad_norm_by(&mut grads, &Scope::per_tensor(), 1.0)?;
+/// assert_eq!(grads, [[0.6, 0.8], [0.3, 0.4]]);
+/// assert_eq!((report.num_written(), report.groups[0].clip_coef), (1, 0.2));
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_grad_norm_by<G: AsGradMut>(
+    grads: &mut [G],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<ScopedReport> {
+    let readable = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let measured = scoped::measure(&readable, scope, &clip.into())?;
+    scoped::apply(&measured, collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?);
+    Ok(measured.report)
+}
+
 /// A list of gradients of no size can be longer than any memory.
 fn collect<G>(count: usize, grads: impl Iterator<Item = G>) -> Result<Vec<G>> {
     let mut list = Vec::new();
@@ -125,17 +258,39 @@ pub(crate) fn measure(grads: &[Grad<'_>], clip: &ClipNorm) -> Result<(NormReport
     let _env = DefaultFpEnv::enter();
     let total_norm = clip_coef::norm_of(&partials, clip.norm_type);
     let first_nonfinite = clip_coef::first_bad_tile(&partials).and_then(|tile| plan.tensor_of(tile as u64));
-    if clip.nonfinite == NonFinite::Error && !total_norm.is_finite() {
-        return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
-    }
-    let verdict = decide(clip, total_norm);
-    let report = NormReport { total_norm, clip_coef: verdict.clip_coef, written: verdict.written(), first_nonfinite };
-    Ok((report, verdict))
+    report_of(clip, total_norm, first_nonfinite)
 }
 
-/// Stage 3.
+/// Stage 2 by a given norm: what [`clip_with_norm`] would report and do.
+pub(crate) fn judge(grads: &[Grad<'_>], total_norm: f64, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
+    clip.validate()?;
+    clip.refuse_device_threshold()?;
+    let total_norm = TotalNorm::check_value(total_norm)?;
+    check(grads)?;
+    let _env = DefaultFpEnv::enter();
+    report_of(clip, total_norm, None)
+}
+
+/// `total_norm` with the loss scale in it. In the default floating-point environment.
+fn report_of(clip: &ClipNorm, total_norm: f64, first_nonfinite: Option<usize>) -> Result<(NormReport, Verdict)> {
+    let verdict = decide(clip, total_norm);
+    let Verdict { total_norm, clip_coef, multiplier, .. } = verdict;
+    let found_inf = !total_norm.is_finite();
+    if clip.nonfinite == NonFinite::Error && found_inf {
+        return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
+    }
+    let written = verdict.written();
+    Ok((NormReport { total_norm, clip_coef, multiplier, found_inf, written, first_nonfinite }, verdict))
+}
+
+/// Stage 3, after [`measure`], which has looked at every gradient.
 pub(crate) fn apply(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
     parallel::scale(verdict, grads);
+}
+
+/// Stage 3, after [`judge`], which has not.
+pub(crate) fn apply_to_any(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
+    parallel::scale_any(verdict, grads);
 }
 
 /// Value clipping of a checked list; what each gradient held.

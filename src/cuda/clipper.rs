@@ -4,6 +4,7 @@ use super::driver::{check_driver, driver_error, is_capturing, CurrentContext, Ho
 use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::reports::{Pending, ReportRing};
+use super::scoped::ScopedCalls;
 use super::workspace::Workspace;
 use crate::abi::{nonfinite, norm_type, ClipParams};
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, DeviceList};
@@ -11,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
 use crate::plan::Plan;
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::{Source, TotalNorm};
 use crate::value_bounds;
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::CudaStream;
@@ -48,20 +50,22 @@ use std::sync::Arc;
 /// ```
 #[derive(Debug)]
 pub struct Clipper {
-    stream: Arc<CudaStream>,
-    home: HomeThread,
+    pub(super) stream: Arc<CudaStream>,
+    pub(super) home: HomeThread,
     kernels: KeepsContext<Kernels>,
     workspace: KeepsContext<Workspace>,
     reports: Arc<ReportRing>,
-    plan: Arc<Plan>,
-    list: DeviceList,
-    multiprocessors: u32,
+    pub(super) plan: Arc<Plan>,
+    pub(super) list: DeviceList,
+    pub(super) multiprocessors: u32,
+    /// From the first call with a [`Scope`](crate::Scope) on.
+    pub(super) scoped: Option<KeepsContext<ScopedCalls>>,
 }
 
 impl Clipper {
     /// Loads the kernels for the device of `stream`; work will be enqueued there.
     ///
-    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 32 KiB of device
+    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 36 KiB of device
     /// memory.
     ///
     /// # Errors
@@ -85,6 +89,7 @@ impl Clipper {
             reports: Arc::new(ReportRing::new(stream)?),
             plan: Arc::new(Plan::default()),
             list: DeviceList::default(),
+            scoped: None,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
         })
     }
@@ -131,13 +136,86 @@ impl Clipper {
         let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
         let pending = pending?;
         released?;
-        if clip.nonfinite == NonFinite::Error {
-            let report = pending.wait()?;
-            if !report.total_norm.is_finite() {
-                return Err(Error::NonFinite { total_norm: report.total_norm, tensor: report.first_nonfinite });
-            }
-        }
-        Ok(pending)
+        finish(pending, &clip)
+    }
+
+    /// Scales the gradients by a norm that the caller has, as a number or on the device; see
+    /// [`cpu::clip_with_norm`](crate::cpu::clip_with_norm), whose formula and bits these are.
+    ///
+    /// The norm is an `f64`, the report of an earlier call of this clipper (`&Pending<NormReport>`), or lies at a device
+    /// address ([`TotalNorm::at`]); on the device a negative one counts as NaN. It is that of the gradients as they are:
+    /// with a [`loss_scale`](ClipNorm::loss_scale), still multiplied by it, as [`total_norm`](Self::total_norm) finds it.
+    ///
+    /// Cost: within the threshold, reads and writes nothing; else reads and writes each gradient once. Two launches, no
+    /// wait (but [`NonFinite::Error`] has to wait for the norm).
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm`](Self::clip_grad_norm); a norm that is negative. [`Error::NormOutOfReach`] for the report of
+    /// another clipper, and during capture for that of a call that was not captured; [`Error::ReportExpired`].
+    ///
+    /// ```no_run
+    /// use gradclip::{cuda::{self, Clipper}, NormType};
+    /// let stream = cuda::context(0)?.default_stream();
+    /// let mut grads = [stream.clone_htod(&[3.0f32, 4.0])?];
+    /// let mut clipper = Clipper::new(&stream)?;
+    /// let norm = clipper.total_norm(&grads, NormType::L2)?;
+    /// clipper.clip_with_norm(&mut grads, &norm, 1.0)?; // the norm stays on the device
+    /// clipper.clip_with_norm(&mut grads, norm.wait()?.total_norm, 1.0)?; // or comes from the host
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    pub fn clip_with_norm<'a, G: DeviceGradMut>(
+        &mut self,
+        grads: &mut [G],
+        total_norm: impl Into<TotalNorm<'a>>,
+        clip: impl Into<ClipNorm>,
+    ) -> Result<Pending<NormReport>> {
+        let (total_norm, clip) = (total_norm.into(), clip.into());
+        clip.validate()?;
+        total_norm.validate()?;
+        self.home.check()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather_mut(grads, &self.stream)?;
+        let pending = self.given_norm_stages(total_norm, &clip);
+        let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
+        let pending = pending?;
+        released?;
+        finish(pending, &clip)
+    }
+
+    /// What [`clip_grad_norm`](Self::clip_grad_norm) would multiply the gradients by, left on the device for an optimizer
+    /// that multiplies them itself; see [`cpu::clip_coef`](crate::cpu::clip_coef), and there what it gets by each policy.
+    ///
+    /// [`Pending::multiplier_address`] and [`Pending::multiplier_f32_address`] are where the optimizer's kernel reads the
+    /// factor, [`Pending::found_inf_address`] whether it has to leave the step out. The example `fused_adamw` has such a
+    /// kernel.
+    ///
+    /// Cost: reads each gradient once, writes nothing; two launches, no wait (but [`NonFinite::Error`] waits).
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm`](Self::clip_grad_norm).
+    ///
+    /// ```no_run
+    /// use gradclip::{cuda::{self, Clipper}, ClipNorm};
+    /// let stream = cuda::context(0)?.default_stream();
+    /// let grads = [stream.clone_htod(&[3.0f32, 4.0])?];
+    /// let mut clipper = Clipper::new(&stream)?;
+    /// let clipped = clipper.clip_coef(&grads, ClipNorm::new(1.0).loss_scale(1024.0))?;
+    /// let (multiplier, found_inf) = (clipped.multiplier_f32_address(), clipped.found_inf_address());
+    /// // ... the optimizer's kernel, on the same stream, reads an f32 at each ...
+    /// # let _ = (multiplier, found_inf);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    pub fn clip_coef<G: DeviceGrad>(&mut self, grads: &[G], clip: impl Into<ClipNorm>) -> Result<Pending<NormReport>> {
+        let clip = clip.into();
+        clip.validate()?;
+        self.home.check()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather(grads, &self.stream)?;
+        let pending = self.norm_stages(&clip, false);
+        let released = self.list.release(grads, &self.stream); // after an error too, as above
+        let pending = pending?;
+        released?;
+        finish(pending.not_applied(), &clip)
     }
 
     /// Limits each element to `[-v, v]`, or to the bounds of a [`ClipValue`]; see
@@ -164,17 +242,18 @@ impl Clipper {
         pending.and_then(|pending| released.map(|()| pending))
     }
 
-    /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 32 KiB for
+    /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 36 KiB for
     /// reports.
     #[must_use]
     pub fn device_bytes(&self) -> usize {
-        self.workspace.device_bytes() + self.reports.bytes()
+        let scoped = self.scoped.as_ref().map_or(0, |scoped| scoped.device_bytes());
+        self.workspace.device_bytes() + self.reports.bytes() + scoped
     }
 
     /// Pinned host memory this clipper holds, in bytes: none for lists of up to 160 tensors.
     #[must_use]
     pub fn pinned_bytes(&self) -> usize {
-        self.workspace.pinned_bytes()
+        self.workspace.pinned_bytes() + self.scoped.as_ref().map_or(0, |scoped| scoped.pinned_bytes())
     }
 
     /// The stream that all work goes to.
@@ -194,10 +273,7 @@ impl Clipper {
     }
 
     fn norm_stages(&mut self, clip: &ClipNorm, apply: bool) -> Result<Pending<NormReport>> {
-        let capturing = self.prepare()?;
-        if capturing && clip.nonfinite == NonFinite::Error {
-            return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
-        }
+        let capturing = self.prepare_norm(clip)?;
         self.kernels.prepare(clip.norm_type, capturing)?;
         let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         let slot = self.reports.take(capturing)?;
@@ -214,6 +290,23 @@ impl Clipper {
         Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
     }
 
+    fn given_norm_stages(&mut self, total_norm: TotalNorm<'_>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
+        let capturing = self.prepare_norm(clip)?;
+        let (norm, norm_at) = match total_norm.0 {
+            Source::Value(norm) => (norm, 0),
+            Source::Address(address, _) => (0.0, address),
+            Source::Report(pending) => (0.0, pending.norm_for(&self.reports, capturing)?),
+        };
+        let slot = self.reports.take(capturing)?;
+        let report = self.reports.address(slot);
+        let launcher = self.launcher();
+        launcher
+            .clip_coef_of_norm(&clip_params(clip), norm, norm_at, report)
+            .inspect_err(|_| self.reports.give_back(slot))?;
+        launcher.scale_any(report)?; // the slot stays taken, as above
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+    }
+
     fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {
         let capturing = self.prepare()?;
         let slot = self.reports.take(capturing)?;
@@ -226,8 +319,27 @@ impl Clipper {
         Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
     }
 
+    /// [`prepare`](Self::prepare), for a call that may have to wait.
+    fn prepare_norm(&mut self, clip: &ClipNorm) -> Result<bool> {
+        let capturing = self.prepare()?;
+        if capturing && clip.nonfinite == NonFinite::Error {
+            return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
+        }
+        Ok(capturing)
+    }
+
     /// Plan and workspace for the gathered list; whether the stream is capturing.
     fn prepare(&mut self) -> Result<bool> {
+        let capturing = self.prepare_plan()?;
+        self.workspace.prepare(&self.plan, capturing)?;
+        if capturing {
+            self.kernels.leave_to_graphs();
+        }
+        Ok(capturing)
+    }
+
+    /// Plan for the gathered list; whether the stream is capturing.
+    pub(super) fn prepare_plan(&mut self) -> Result<bool> {
         let capturing = is_capturing(&self.stream)?;
         let same_list = self.plan.is_for(self.list.tensors());
         if !(same_list && self.list.has_known_raw_pointers()) {
@@ -236,10 +348,6 @@ impl Clipper {
                 self.take_plan()?;
             }
             self.list.remember_raw_pointers();
-        }
-        self.workspace.prepare(&self.plan, capturing)?;
-        if capturing {
-            self.kernels.leave_to_graphs();
         }
         Ok(capturing)
     }
@@ -265,12 +373,25 @@ impl Clipper {
     }
 }
 
-fn clip_params(clip: &ClipNorm) -> ClipParams {
+/// [`NonFinite::Error`] is to be told of the norm.
+fn finish(pending: Pending<NormReport>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
+    if clip.nonfinite == NonFinite::Error {
+        let report = pending.wait()?;
+        if report.found_inf {
+            return Err(Error::NonFinite { total_norm: report.total_norm, tensor: report.first_nonfinite });
+        }
+    }
+    Ok(pending)
+}
+
+pub(super) fn clip_params(clip: &ClipNorm) -> ClipParams {
     ClipParams {
         max_norm: clip.max_norm,
         max_norm_at: clip.max_norm_at,
         eps: clip.eps,
         p: clip.norm_type.order(),
+        loss_scale: clip.loss_scale,
+        loss_scale_at: clip.loss_scale_at,
         norm_type: match clip.norm_type {
             NormType::L1 => norm_type::L1,
             NormType::L2 => norm_type::L2,

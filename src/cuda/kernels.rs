@@ -6,7 +6,8 @@ use crate::options::NormType;
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction, CUmodule, CUresult};
 use cudarc::driver::{result, CudaContext, DriverError};
 use std::ffi::CString;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
@@ -22,14 +23,12 @@ pub fn compiler() -> &'static str {
 /// One function for each symbol of `kernels/`.
 #[derive(Debug)]
 pub(crate) struct Kernels {
-    norm_partials_l1: CUfunction,
-    norm_partials_l2: CUfunction,
-    norm_partials_inf: CUfunction,
-    /// Loaded when it is first needed.
-    norm_partials_p: Option<CUfunction>,
+    norm_partials: ByNorm,
     pub clip_coef: CUfunction,
     pub clip_coef_p: CUfunction,
+    pub clip_coef_of_norm: CUfunction,
     pub scale: CUfunction,
+    pub scale_any: CUfunction,
     pub clamp: CUfunction,
     pub clamp_counts: CUfunction,
     modules: Modules,
@@ -37,79 +36,187 @@ pub(crate) struct Kernels {
 
 // SAFETY: the handles are the driver's, which takes them in any thread.
 unsafe impl Send for Kernels {}
+// SAFETY: as above; what changes is behind a lock or atomic.
+unsafe impl Sync for Kernels {}
 
 impl Kernels {
     /// `context` must be current.
     pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
         check_compute_capability(context)?;
-        let mut modules = Modules { context: context.clone(), loaded: Vec::new(), captured: false };
+        let modules = Modules::new(context);
         let norm_partials = modules.load("norm_partials")?;
         let clip_coef = modules.load("clip_coef")?;
         let scale = modules.load("scale")?;
         let clamp = modules.load("clamp")?;
         Ok(Self {
-            norm_partials_l1: function(norm_partials, "norm_partials_l1")?,
-            norm_partials_l2: function(norm_partials, "norm_partials_l2")?,
-            norm_partials_inf: function(norm_partials, "norm_partials_inf")?,
-            norm_partials_p: None,
-            clip_coef: function(clip_coef, "clip_coef")?,
-            clip_coef_p: function(clip_coef, "clip_coef_p")?,
-            scale: function(scale, "scale")?,
-            clamp: function(clamp, "clamp")?,
-            clamp_counts: function(clamp, "clamp_counts")?,
+            norm_partials: modules.by_norm(norm_partials, "norm_partials")?,
+            clip_coef: modules.function(clip_coef, "clip_coef")?,
+            clip_coef_p: modules.function(clip_coef, "clip_coef_p")?,
+            clip_coef_of_norm: modules.function(clip_coef, "clip_coef_of_norm")?,
+            scale: modules.function(scale, "scale")?,
+            scale_any: modules.function(scale, "scale_any")?,
+            clamp: modules.function(clamp, "clamp")?,
+            clamp_counts: modules.function(clamp, "clamp_counts")?,
             modules,
         })
     }
 
-    /// Loads what a norm takes that most programs never ask for. `context` must be current; not while capturing.
-    pub(crate) fn prepare(&mut self, norm_type: NormType, capturing: bool) -> Result<()> {
-        if matches!(norm_type, NormType::P(_)) && self.norm_partials_p.is_none() {
-            if capturing {
-                return Err(Error::CaptureNeedsWarmup { what: ANY_ORDER });
-            }
-            let module = self.modules.load("norm_partials_p")?;
-            self.norm_partials_p = Some(function(module, "norm_partials_p")?);
+    /// Loads what a norm takes that most programs never ask for. The context must be current.
+    pub(crate) fn prepare(&self, norm_type: NormType, capturing: bool) -> Result<()> {
+        if self.norm_partials.lacks(norm_type) {
+            let module = self.modules.load_late("norm_partials_p", capturing)?;
+            self.norm_partials.add_p(self.modules.function(module, "norm_partials_p")?);
         }
         Ok(())
     }
 
     /// After [`prepare`](Self::prepare) for the same.
     pub(crate) fn norm_partials(&self, norm_type: NormType) -> Result<CUfunction> {
-        Ok(match norm_type {
-            NormType::L1 => self.norm_partials_l1,
-            NormType::L2 => self.norm_partials_l2,
-            NormType::Inf => self.norm_partials_inf,
-            NormType::P(_) => self.norm_partials_p.ok_or(Error::CaptureNeedsWarmup { what: ANY_ORDER })?,
-        })
+        self.norm_partials.of(norm_type)
     }
 
     /// Graphs may launch the kernels from now on, so they stay loaded: see `DeviceBuffer::leave_to_graphs`.
-    pub(crate) fn leave_to_graphs(&mut self) {
-        self.modules.captured = true;
+    pub(crate) fn leave_to_graphs(&self) {
+        self.modules.leave_to_graphs();
     }
 }
 
-const ANY_ORDER: &str = "the kernel for norms of any order";
+/// The kernels of calls with more than one norm. Loaded when they are first needed: their PTX is larger than that of all
+/// others.
+#[derive(Debug)]
+pub(crate) struct ScopedKernels {
+    partials: ByNorm,
+    stats: ByNorm,
+    coefs: CUfunction,
+    coefs_p: OnceLock<CUfunction>,
+    pub scale: CUfunction,
+    modules: Modules,
+}
 
-/// `module` is loaded.
-fn function(module: CUmodule, symbol: &str) -> Result<CUfunction> {
-    // Ours have no NUL in them.
-    let symbol = CString::new(symbol).unwrap_or_default();
-    // SAFETY: the module is loaded, as the callers have just done.
-    unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
+// SAFETY: as for `Kernels`.
+unsafe impl Send for ScopedKernels {}
+
+impl ScopedKernels {
+    /// `context` must be current.
+    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let modules = Modules::new(context);
+        let scoped = modules.load("scoped")?;
+        let stats = modules.load("scoped_stats")?;
+        Ok(Self {
+            partials: modules.by_norm(scoped, "scoped_partials")?,
+            stats: modules.by_norm(stats, "scoped_stats")?,
+            coefs: modules.function(scoped, "scoped_coefs")?,
+            coefs_p: OnceLock::new(),
+            scale: modules.function(scoped, "scoped_scale")?,
+            modules,
+        })
+    }
+
+    /// As [`Kernels::prepare`].
+    pub(crate) fn prepare(&self, norm_type: NormType, capturing: bool) -> Result<()> {
+        if self.partials.lacks(norm_type) {
+            let module = self.modules.load_late("scoped_p", capturing)?;
+            let [partials, stats, coefs] = ["scoped_partials_p", "scoped_stats_p", "scoped_coefs_p"];
+            self.stats.add_p(self.modules.function(module, stats)?);
+            let _ = self.coefs_p.set(self.modules.function(module, coefs)?);
+            self.partials.add_p(self.modules.function(module, partials)?);
+        }
+        Ok(())
+    }
+
+    /// This and the next two: after [`prepare`](Self::prepare) for the same.
+    pub(crate) fn partials(&self, norm_type: NormType) -> Result<CUfunction> {
+        self.partials.of(norm_type)
+    }
+
+    pub(crate) fn stats(&self, norm_type: NormType) -> Result<CUfunction> {
+        self.stats.of(norm_type)
+    }
+
+    pub(crate) fn coefs(&self, norm_type: NormType) -> Result<CUfunction> {
+        match norm_type {
+            NormType::P(_) => self.coefs_p.get().copied().ok_or(NOT_PREPARED),
+            _ => Ok(self.coefs),
+        }
+    }
+
+    /// As [`Kernels::leave_to_graphs`].
+    pub(crate) fn leave_to_graphs(&self) {
+        self.modules.leave_to_graphs();
+    }
+}
+
+const NOT_PREPARED: Error = Error::CaptureNeedsWarmup { what: "the kernel for norms of any order" };
+
+/// A kernel that there is one of for each kind of norm; for any order since it was first asked for.
+#[derive(Debug)]
+struct ByNorm {
+    l1: CUfunction,
+    l2: CUfunction,
+    inf: CUfunction,
+    p: OnceLock<CUfunction>,
+}
+
+impl ByNorm {
+    fn lacks(&self, norm_type: NormType) -> bool {
+        matches!(norm_type, NormType::P(_)) && self.p.get().is_none()
+    }
+
+    fn add_p(&self, function: CUfunction) {
+        let _ = self.p.set(function); // of two threads that load it, one
+    }
+
+    fn of(&self, norm_type: NormType) -> Result<CUfunction> {
+        match norm_type {
+            NormType::L1 => Ok(self.l1),
+            NormType::L2 => Ok(self.l2),
+            NormType::Inf => Ok(self.inf),
+            NormType::P(_) => self.p.get().copied().ok_or(NOT_PREPARED),
+        }
+    }
 }
 
 /// Loaded into the context, unloaded when dropped.
 #[derive(Debug)]
 struct Modules {
     context: Arc<CudaContext>,
-    loaded: Vec<CUmodule>,
-    captured: bool,
+    loaded: Mutex<Vec<CUmodule>>,
+    captured: AtomicBool,
 }
 
 impl Modules {
+    fn new(context: &Arc<CudaContext>) -> Self {
+        Self { context: context.clone(), loaded: Mutex::default(), captured: AtomicBool::new(false) }
+    }
+
+    /// A function of a module that was loaded here.
+    fn function(&self, module: CUmodule, symbol: &str) -> Result<CUfunction> {
+        // Ours have no NUL in them.
+        let symbol = CString::new(symbol).unwrap_or_default();
+        // SAFETY: the module was loaded by `load`, and is unloaded no earlier than this value is dropped.
+        unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
+    }
+
+    /// Of a kernel that there is one of for each kind of norm, without that for any order.
+    fn by_norm(&self, module: CUmodule, stem: &str) -> Result<ByNorm> {
+        let function = |norm: &str| self.function(module, &format!("{stem}_{norm}"));
+        Ok(ByNorm { l1: function("l1")?, l2: function("l2")?, inf: function("inf")?, p: OnceLock::new() })
+    }
+
+    fn leave_to_graphs(&self) {
+        self.captured.store(true, Ordering::Relaxed);
+    }
+
+    /// [`load`](Self::load), of what is not loaded with the rest.
+    fn load_late(&self, stem: &str, capturing: bool) -> Result<CUmodule> {
+        if capturing {
+            return Err(NOT_PREPARED);
+        }
+        self.load(stem)
+    }
+
     /// Tries each PTX we have of a stem: that of the local nvcc first, then the snapshot, which older drivers take too.
-    fn load(&mut self, stem: &str) -> Result<CUmodule> {
+    fn load(&self, stem: &str) -> Result<CUmodule> {
         let candidates = MODULES.iter().find(|(name, _)| *name == stem).map_or(&[][..], |(_, texts)| texts);
         let mut last = Error::DriverTooOld { reason: format!("no PTX of {stem} is embedded") };
         for text in candidates {
@@ -118,7 +225,7 @@ impl Modules {
             // SAFETY: a context is current; the image is PTX that ends with a NUL, and is alive during the call.
             match unsafe { result::module::load_data(image.as_ptr().cast()) } {
                 Ok(module) => {
-                    self.loaded.push(module);
+                    self.loaded.lock().unwrap_or_else(PoisonError::into_inner).push(module);
                     return Ok(module);
                 }
                 Err(error) => last = load_error(stem, text, error),
@@ -130,11 +237,11 @@ impl Modules {
 
 impl Drop for Modules {
     fn drop(&mut self) {
-        if self.captured {
+        if self.captured.load(Ordering::Relaxed) {
             return;
         }
         let Ok(_current) = CurrentContext::enter(&self.context) else { return };
-        for &module in &self.loaded {
+        for &module in self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner).iter() {
             // SAFETY: loaded above, unloaded once; its functions go with the value that holds both.
             let _ = unsafe { result::module::unload(module) };
         }

@@ -2,7 +2,7 @@
 
 use super::driver::driver_error;
 use super::kernels::Kernels;
-use crate::abi::{norm_type, ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS};
+use crate::abi::{norm_type, ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS, WARP_THREADS};
 use crate::error::Result;
 use crate::options::NormType;
 use cudarc::driver::sys::CUfunction;
@@ -23,7 +23,7 @@ pub(crate) struct Launcher<'a> {
 }
 
 /// The address of a kernel argument.
-fn arg<T>(value: &T) -> *mut c_void {
+pub(super) fn arg<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 
@@ -51,12 +51,34 @@ impl Launcher<'_> {
         unsafe { self.one_block("clip_coef", kernel, &mut args) }
     }
 
-    /// Applies the report to the gradients.
+    /// A norm, by value or (if not null) by address, to report.
+    pub(crate) fn clip_coef_of_norm(&self, params: &ClipParams, norm: f64, norm_at: u64, report: u64) -> Result<()> {
+        let mut args = [arg(&norm), arg(&norm_at), arg(params), arg(&report)];
+        let kernel = self.kernels.clip_coef_of_norm;
+        // SAFETY: the arguments mirror clip_coef_of_norm in kernels/clip_coef.cu; the norm is that of a report on this
+        // stream, or whoever made the `TotalNorm` vouches for it; the slot belongs to this call.
+        unsafe { launch(self.stream, "clip_coef_of_norm", kernel, (1, WARP_THREADS), &mut args) }
+    }
+
+    /// Applies the report to the gradients, which `clip_coef` has looked at.
     pub(crate) fn scale(&self, report: u64) -> Result<()> {
+        // SAFETY: `apply` takes this kernel.
+        unsafe { self.apply("scale", self.kernels.scale, report) }
+    }
+
+    /// Applies the report to gradients that may hold NaN or Inf.
+    pub(crate) fn scale_any(&self, report: u64) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.apply("scale_any", self.kernels.scale_any, report) }
+    }
+
+    /// # Safety
+    /// `kernel` is scale or scale_any.
+    unsafe fn apply(&self, op: &'static str, kernel: CUfunction, report: u64) -> Result<()> {
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(&report)];
-        // SAFETY: the arguments mirror scale in kernels/scale.cu; the tensors are borrowed mutably by the caller, and do
-        // not overlap.
-        unsafe { self.over_tiles("scale", self.kernels.scale, self.in_place_blocks(), &mut args) }
+        // SAFETY: the arguments mirror those of both in kernels/scale.cu; the tensors are borrowed mutably by the caller,
+        // and do not overlap.
+        unsafe { self.over_tiles(op, kernel, self.in_place_blocks(), &mut args) }
     }
 
     /// Clamps the gradients; `counts[tile]` for every tile.
@@ -74,11 +96,11 @@ impl Launcher<'_> {
     }
 
     fn in_place_blocks(&self) -> u32 {
-        self.num_tiles.min(self.multiprocessors.saturating_mul(IN_PLACE_BLOCKS_PER_SM))
+        in_place_blocks(self.num_tiles, self.multiprocessors)
     }
 
     /// # Safety
-    /// `args` are those of `kernel`, and what they point to may be used as the kernel does until it has run.
+    /// As [`launch`].
     unsafe fn over_tiles(
         &self,
         op: &'static str,
@@ -86,34 +108,39 @@ impl Launcher<'_> {
         blocks: u32,
         args: &mut [*mut c_void],
     ) -> Result<()> {
-        if blocks == 0 {
-            return Ok(()); // only empty tensors
-        }
-        // SAFETY: passed on to the caller.
-        unsafe { self.launch(op, kernel, blocks, TILE_THREADS as u32, args) }
+        // SAFETY: passed on to the caller; `kernels` holds the module.
+        unsafe { launch(self.stream, op, kernel, (blocks, TILE_THREADS), args) }
     }
 
     /// # Safety
-    /// As [`over_tiles`](Self::over_tiles).
+    /// As [`launch`].
     unsafe fn one_block(&self, op: &'static str, kernel: CUfunction, args: &mut [*mut c_void]) -> Result<()> {
-        // SAFETY: passed on to the caller.
-        unsafe { self.launch(op, kernel, 1, FOLD_THREADS as u32, args) }
+        // SAFETY: passed on to the caller; `kernels` holds the module.
+        unsafe { launch(self.stream, op, kernel, (1, FOLD_THREADS), args) }
     }
+}
 
-    /// # Safety
-    /// As [`over_tiles`](Self::over_tiles).
-    unsafe fn launch(
-        &self,
-        op: &'static str,
-        kernel: CUfunction,
-        blocks: u32,
-        threads: u32,
-        args: &mut [*mut c_void],
-    ) -> Result<()> {
-        let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
-        // SAFETY: the function's module is loaded in the stream's context and held by `kernels`; the driver copies the
-        // arguments before it returns; the rest is the caller's.
-        unsafe { result::launch_kernel(kernel, grid, block, 0, self.stream.cu_stream(), args) }
-            .map_err(driver_error(op))
+/// Blocks of the stages that work in place, of a GPU with that many multiprocessors.
+pub(super) fn in_place_blocks(num_tiles: u32, multiprocessors: u32) -> u32 {
+    num_tiles.min(multiprocessors.saturating_mul(IN_PLACE_BLOCKS_PER_SM))
+}
+
+/// Enqueues a kernel, unless there is nothing to do for it.
+///
+/// # Safety
+/// `args` are those of `kernel`, whose module is loaded in the stream's context, and what they point to may be used as the
+/// kernel does until it has run.
+pub(super) unsafe fn launch(
+    stream: &CudaStream,
+    op: &'static str,
+    kernel: CUfunction,
+    (blocks, threads): (u32, usize),
+    args: &mut [*mut c_void],
+) -> Result<()> {
+    if blocks == 0 {
+        return Ok(()); // only empty tensors
     }
+    let (grid, block) = ((blocks, 1, 1), (threads as u32, 1, 1));
+    // SAFETY: the driver copies the arguments before it returns; the rest is the caller's.
+    unsafe { result::launch_kernel(kernel, grid, block, 0, stream.cu_stream(), args) }.map_err(driver_error(op))
 }

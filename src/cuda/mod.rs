@@ -14,6 +14,7 @@ mod kernels;
 mod launch;
 mod memory;
 mod reports;
+mod scoped;
 mod thread_clippers;
 mod workspace;
 
@@ -22,7 +23,11 @@ pub use clipper::Clipper;
 pub use driver::{check_driver, context};
 pub use kernels::compiler;
 pub use reports::Pending;
-pub use thread_clippers::{clip_grad_norm, clip_grad_value, release_thread_clippers, total_norm};
+pub use scoped::PendingScoped;
+pub use thread_clippers::{
+    clip_coef, clip_grad_norm, clip_grad_norm_by, clip_grad_value, clip_with_norm, norms_by, release_thread_clippers,
+    total_norm,
+};
 
 /// The cudarc whose types the calls take.
 pub use ::cudarc;

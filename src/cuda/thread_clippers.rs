@@ -3,10 +3,13 @@
 use super::clipper::Clipper;
 use super::driver::{check_driver, CurrentContext};
 use super::reports::Pending;
+use super::scoped::PendingScoped;
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
+use crate::total_norm::TotalNorm;
 use cudarc::driver::CudaStream;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -84,6 +87,61 @@ pub fn clip_grad_norm<G: DeviceGradMut>(
 ) -> Result<Pending<NormReport>> {
     let clip = clip.into();
     with_clipper(stream, |clipper| clipper.clip_grad_norm(grads, clip))
+}
+
+/// [`Clipper::norms_by`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::norms_by`]; [`Error::ThreadEnding`].
+pub fn norms_by<G: DeviceGrad>(
+    stream: &Arc<CudaStream>,
+    grads: &[G],
+    scope: &Scope<'_>,
+    norm_type: NormType,
+) -> Result<PendingScoped> {
+    with_clipper(stream, |clipper| clipper.norms_by(grads, scope, norm_type))
+}
+
+/// [`Clipper::clip_grad_norm_by`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_grad_norm_by`]; [`Error::ThreadEnding`].
+pub fn clip_grad_norm_by<G: DeviceGradMut>(
+    stream: &Arc<CudaStream>,
+    grads: &mut [G],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<PendingScoped> {
+    let clip = clip.into();
+    with_clipper(stream, |clipper| clipper.clip_grad_norm_by(grads, scope, clip))
+}
+
+/// [`Clipper::clip_with_norm`] with this thread's clipper for `stream`, made on first use. A norm that stays on the
+/// device has to be that of another of these functions, in the same thread and on the same stream.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_with_norm`]; [`Error::ThreadEnding`].
+pub fn clip_with_norm<'a, G: DeviceGradMut>(
+    stream: &Arc<CudaStream>,
+    grads: &mut [G],
+    total_norm: impl Into<TotalNorm<'a>>,
+    clip: impl Into<ClipNorm>,
+) -> Result<Pending<NormReport>> {
+    let (total_norm, clip) = (total_norm.into(), clip.into());
+    with_clipper(stream, |clipper| clipper.clip_with_norm(grads, total_norm, clip))
+}
+
+/// [`Clipper::clip_coef`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_coef`]; [`Error::ThreadEnding`].
+pub fn clip_coef<G: DeviceGrad>(
+    stream: &Arc<CudaStream>,
+    grads: &[G],
+    clip: impl Into<ClipNorm>,
+) -> Result<Pending<NormReport>> {
+    let clip = clip.into();
+    with_clipper(stream, |clipper| clipper.clip_coef(grads, clip))
 }
 
 /// [`Clipper::clip_grad_value`] with this thread's clipper for `stream`, made on first use.

@@ -65,7 +65,7 @@ impl Workspace {
     /// The scales of the partials, one f64 for each tile; null where all are 1. `plan` is the one prepared last.
     /// Allocates as [`prepare`](Self::prepare) does.
     pub(crate) fn scales(&mut self, plan: &Plan, norm_type: NormType, capturing: bool) -> Result<u64> {
-        if !plan.has_f64() && !matches!(norm_type, NormType::P(_)) {
+        if !norm_type.has_scales(plan.has_f64()) {
             return Ok(0);
         }
         let bytes = plan.num_tiles() as usize * size_of::<f64>();

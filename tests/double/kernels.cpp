@@ -6,6 +6,9 @@
 #include "../../kernels/clip_coef.cu"
 #include "../../kernels/scale.cu"
 #include "../../kernels/clamp.cu"
+#include "../../kernels/scoped.cu"
+#include "../../kernels/scoped_stats.cu"
+#include "../../kernels/scoped_p.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
 #define FOLD_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kFoldThreads)
@@ -20,9 +23,22 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(norm_partials_p),
     FOLD_KERNEL(clip_coef),
     FOLD_KERNEL(clip_coef_p),
+    host_kernel<&::clip_coef_of_norm>("clip_coef_of_norm", kWarpThreads),
     TILE_KERNEL(scale),
+    TILE_KERNEL(scale_any),
     TILE_KERNEL(clamp),
     FOLD_KERNEL(clamp_counts),
+    TILE_KERNEL(scoped_partials_l1),
+    TILE_KERNEL(scoped_partials_l2),
+    TILE_KERNEL(scoped_partials_inf),
+    TILE_KERNEL(scoped_stats_l1),
+    TILE_KERNEL(scoped_stats_l2),
+    TILE_KERNEL(scoped_stats_inf),
+    FOLD_KERNEL(scoped_coefs),
+    TILE_KERNEL(scoped_scale),
+    TILE_KERNEL(scoped_partials_p),
+    TILE_KERNEL(scoped_stats_p),
+    FOLD_KERNEL(scoped_coefs_p),
     {},
 };
 

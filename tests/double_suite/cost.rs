@@ -4,7 +4,7 @@ use crate::suite::data::{tensor, Tensor};
 use crate::suite::device::OnDevice;
 use crate::support::double::{self, Double};
 use gradclip::cuda::{self, Clipper};
-use gradclip::{ClipNorm, ClipValue, Dtype, NonFinite, NormType};
+use gradclip::{ClipNorm, ClipValue, Dtype, NonFinite, NormType, Scope};
 
 fn list_of(count: usize) -> Vec<Tensor> {
     (0..count).map(|i| tensor(Dtype::F32, &[i as f64, 1.0, -2.0])).collect()
@@ -59,8 +59,23 @@ fn repeated_calls_only_launch() {
                 // The first call may allocate and copy the table, once; it never waits.
                 assert_eq!((first.launches, first.syncs, first.dtoh_calls), (3, 0, 0), "{count} tensors");
                 assert_eq!(first.htod_calls, u64::from(count > 160), "{count} tensors");
-                for (launches, name) in [(3, "norm"), (2, "value"), (2, "measure")] {
+                let unscale = ClipNorm::new(1.0).loss_scale(1024.0);
+                let norm = bench.clipper.total_norm(grads, NormType::L2).unwrap();
+                let calls = [
+                    (3, "norm"),
+                    (3, "unscale"),
+                    (2, "value"),
+                    (2, "measure"),
+                    (2, "coef"),
+                    (2, "given"),
+                    (2, "number"),
+                ];
+                for (launches, name) in calls {
                     let counters = bench.count(|clipper| match name {
+                        "unscale" => drop(clipper.clip_grad_norm(grads, unscale).unwrap()),
+                        "coef" => drop(clipper.clip_coef(grads, unscale).unwrap()),
+                        "given" => drop(clipper.clip_with_norm(grads, &norm, 1.0).unwrap()),
+                        "number" => drop(clipper.clip_with_norm(grads, 5.0, unscale).unwrap()),
                         "norm" => drop(clipper.clip_grad_norm(grads, 1.0).unwrap()),
                         "value" => drop(clipper.clip_grad_value(grads, 0.5).unwrap()),
                         _ => drop(clipper.total_norm(grads, NormType::L1).unwrap()),
@@ -69,6 +84,44 @@ fn repeated_calls_only_launch() {
                 }
             });
         }
+    });
+}
+
+/// Any number of tensors, groups and rows, with and without telemetry.
+#[test]
+fn repeated_scoped_calls_only_launch() {
+    with_bench(|mut bench| {
+        for count in [1, 160, 3000] {
+            let list = list_of(count);
+            let (groups, rows): (Vec<usize>, Vec<usize>) = (0..count).map(|i| (i % 7 % count, 3)).unzip();
+            let scopes = [Scope::global(), Scope::per_tensor(), Scope::groups(&groups), Scope::rows(&rows)];
+            let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+            device.with(&list, |grads| {
+                for scope in scopes.into_iter().flat_map(|scope| [scope, scope.telemetry()]) {
+                    let first = bench.count(|clipper| clipper.clip_grad_norm_by(grads, &scope, 1.0).unwrap());
+                    assert_eq!((first.launches, first.syncs, first.dtoh_calls), (3, 0, 0), "{count} tensors");
+                    let counters = bench.count(|clipper| clipper.clip_grad_norm_by(grads, &scope, 0.5).unwrap());
+                    assert_only_launches(&counters, 3, &format!("{count} tensors, {scope:?}"));
+                    let counters = bench.count(|clipper| clipper.norms_by(grads, &scope, NormType::L2).unwrap());
+                    assert_only_launches(&counters, 2, &format!("{count} tensors, {scope:?}"));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn reading_scoped_reports_is_one_wait() {
+    with_bench(|mut bench| {
+        let list = list_of(5);
+        let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+        let scope = Scope::per_tensor().telemetry();
+        let mut pending = None;
+        device.with(&list, |grads| pending = Some(bench.clipper.clip_grad_norm_by(grads, &scope, 1.0).unwrap()));
+        let counters = bench.count(|_| pending.unwrap().wait().unwrap());
+        let report = size_of::<gradclip::abi::ReportSlot>() as u64;
+        assert_eq!((counters.launches, counters.dtoh_bytes), (0, 64 + 5 * (report + 40)));
+        assert!(counters.syncs <= 1 + counters.dtoh_calls); // a copy to pageable memory waits too
     });
 }
 
@@ -108,8 +161,12 @@ fn an_empty_list_still_reports() {
             assert_eq!((report.total_norm, report.written), (0.0, false));
             let report = clipper.clip_grad_value(none, ClipValue::new(1.0)).unwrap().wait().unwrap();
             assert_eq!((report.clipped, report.written), (0, false));
+            let report = clipper.clip_with_norm(none, 5.0, 1.0).unwrap().wait().unwrap();
+            assert_eq!((report.total_norm, report.clip_coef), (5.0, 0.2));
+            let report = clipper.clip_coef(none, ClipNorm::new(1.0).loss_scale(2.0)).unwrap().wait().unwrap();
+            assert_eq!((report.total_norm, report.multiplier), (0.0, 0.5));
         });
-        assert_eq!(counters.launches, 2); // only the ones that make the report
+        assert_eq!(counters.launches, 4); // only the ones that make the report
     });
 }
 
@@ -121,7 +178,7 @@ fn reading_the_report_is_one_copy_and_one_wait() {
         let mut pending = None;
         device.with(&list, |grads| pending = Some(bench.clipper.clip_grad_norm(grads, 1.0).unwrap()));
         let counters = bench.count(|_| pending.unwrap().wait().unwrap());
-        assert_eq!((counters.launches, counters.dtoh_calls, counters.dtoh_bytes), (0, 1, 64));
+        assert_eq!((counters.launches, counters.dtoh_calls, counters.dtoh_bytes), (0, 1, 72));
         // A copy to pageable memory waits too.
         assert!(counters.syncs <= 2);
     });

@@ -9,7 +9,7 @@ use std::{env, fs};
 
 use anyhow::{ensure, Context, Result};
 use bytemuck::{bytes_of, Zeroable};
-use gradclip::abi::{norm_type, ClampBounds, ClipParams};
+use gradclip::abi::{norm_type, ClampBounds, ClipParams, StatsSlot};
 use gradclip::NormType;
 
 use super::toolchain::{self, Build};
@@ -39,13 +39,19 @@ pub struct Tensor {
     pub dtype: Dtype,
     /// Bytes between a 16-byte border and the first element.
     pub misalign: u32,
+    /// For [`Operation::Scoped`].
+    pub rows: u64,
     pub data: Vec<u8>,
 }
 
 #[derive(Debug, Clone, Copy)]
 pub enum Operation {
     /// norm_partials, clip_coef, scale.
-    ClipNorm { max_norm: f64, eps: f64, norm_type: NormType, nonfinite: u32 },
+    ClipNorm { max_norm: f64, eps: f64, loss_scale: f64, norm_type: NormType, nonfinite: u32 },
+    /// clip_coef_of_norm, scale_any.
+    ClipWithNorm { total_norm: f64, max_norm: f64, loss_scale: f64, nonfinite: u32 },
+    /// scoped_partials or scoped_stats, scoped_coefs, scoped_scale: of each row, or all in one group.
+    Scoped { max_norm: f64, norm_type: NormType, nonfinite: u32, one_group: bool, stats: bool },
     /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
     Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
 }
@@ -67,15 +73,18 @@ pub struct Case {
 pub struct Report {
     pub total_norm: f64,
     pub clip_coef: f64,
+    pub multiplier: f64,
     pub first_bad_tile: u64,
     pub clipped_elements: u64,
     pub nan_elements: u64,
+    pub multiplier_f32: f32,
+    pub found_inf: f32,
     pub coef_hi: f32,
     pub coef_lo: f32,
     pub action: u32,
 }
 
-const REPORT_BYTES: usize = 64;
+const REPORT_BYTES: usize = 72;
 
 #[derive(Debug, Clone)]
 pub struct Outcome {
@@ -85,6 +94,9 @@ pub struct Outcome {
     pub report: Report,
     /// The data of each tensor afterwards.
     pub tensors: Vec<Vec<u8>>,
+    /// Of [`Operation::Scoped`].
+    pub groups: Vec<Report>,
+    pub stats: Vec<StatsSlot>,
 }
 
 /// The program, built for one sanitizer or none.
@@ -197,7 +209,12 @@ impl Case {
     /// As `CaseHeader` in tests/double/runner.cpp, then the tensors.
     fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
         let header = [
-            matches!(self.operation, Operation::Clamp { .. }).into(),
+            match self.operation {
+                Operation::ClipNorm { .. } => 0,
+                Operation::Clamp { .. } => 1,
+                Operation::ClipWithNorm { .. } => 2,
+                Operation::Scoped { one_group, stats, .. } => 3 + 2 * u32::from(one_group) + u32::from(stats),
+            },
             self.table_in_memory.into(),
             self.with_scales.into(),
             self.blocks,
@@ -205,17 +222,19 @@ impl Case {
             u32::try_from(self.tensors.len())?,
         ];
         out.extend(header.iter().flat_map(|word| word.to_le_bytes()));
-        let (mut clip, mut bounds) = (ClipParams::zeroed(), ClampBounds::zeroed());
+        let (mut clip, mut bounds, mut total_norm) = (ClipParams::zeroed(), ClampBounds::zeroed(), 0f64);
         match self.operation {
-            Operation::ClipNorm { max_norm, eps, norm_type, nonfinite } => {
-                clip = ClipParams {
-                    max_norm,
-                    max_norm_at: 0,
-                    eps,
-                    p: norm_type.order(),
-                    norm_type: tag_of(norm_type),
-                    nonfinite,
-                };
+            Operation::ClipNorm { max_norm, eps, loss_scale, norm_type, nonfinite } => {
+                let (p, norm_type) = (norm_type.order(), tag_of(norm_type));
+                clip = ClipParams { max_norm, eps, p, loss_scale, norm_type, nonfinite, ..ClipParams::zeroed() };
+            }
+            Operation::ClipWithNorm { total_norm: norm, max_norm, loss_scale, nonfinite } => {
+                total_norm = norm;
+                clip = ClipParams { max_norm, loss_scale, nonfinite, ..ClipParams::zeroed() };
+            }
+            Operation::Scoped { max_norm, norm_type, nonfinite, .. } => {
+                let (p, norm_type) = (norm_type.order(), tag_of(norm_type));
+                clip = ClipParams { max_norm, p, loss_scale: 1.0, norm_type, nonfinite, ..ClipParams::zeroed() };
             }
             Operation::Clamp { f64, f32, f16, bf16 } => {
                 ([bounds.lo_f64, bounds.hi_f64], [bounds.lo_f32, bounds.hi_f32]) = (f64, f32);
@@ -224,11 +243,13 @@ impl Case {
         }
         out.extend(bytes_of(&clip));
         out.extend(bytes_of(&bounds));
+        out.extend(total_norm.to_le_bytes());
         for tensor in &self.tensors {
             ensure!(tensor.data.len() % tensor.dtype.size() == 0, "a part of an element");
             let numel = (tensor.data.len() / tensor.dtype.size()) as u64;
             out.extend((tensor.dtype as u32).to_le_bytes());
             out.extend(tensor.misalign.to_le_bytes());
+            out.extend(tensor.rows.to_le_bytes());
             out.extend(numel.to_le_bytes());
             out.extend(&tensor.data);
         }
@@ -270,9 +291,12 @@ impl Bytes<'_> {
         Ok(Report {
             total_norm: slot.word(f64::from_le_bytes)?,
             clip_coef: slot.word(f64::from_le_bytes)?,
+            multiplier: slot.word(f64::from_le_bytes)?,
             first_bad_tile: slot.word(u64::from_le_bytes)?,
             clipped_elements: slot.word(u64::from_le_bytes)?,
             nan_elements: slot.word(u64::from_le_bytes)?,
+            multiplier_f32: slot.word(f32::from_le_bytes)?,
+            found_inf: slot.word(f32::from_le_bytes)?,
             coef_hi: slot.word(f32::from_le_bytes)?,
             coef_lo: slot.word(f32::from_le_bytes)?,
             action: slot.word(u32::from_le_bytes)?,
@@ -281,7 +305,7 @@ impl Bytes<'_> {
 
     fn outcome(&mut self, case: &Case) -> Result<Outcome> {
         let num_tiles = self.word(u32::from_le_bytes)? as usize;
-        Ok(Outcome {
+        let mut outcome = Outcome {
             sums: self.words(num_tiles, f64::from_le_bytes)?,
             scales: self.words(num_tiles, f64::from_le_bytes)?,
             counts: self.words(num_tiles, u64::from_le_bytes)?,
@@ -291,6 +315,15 @@ impl Bytes<'_> {
                 .iter()
                 .map(|tensor| Ok(self.take(tensor.data.len())?.to_vec()))
                 .collect::<Result<_>>()?,
-        })
+            groups: Vec::new(),
+            stats: Vec::new(),
+        };
+        if let Operation::Scoped { .. } = case.operation {
+            let (groups, stats) = (self.word(u32::from_le_bytes)?, self.word(u32::from_le_bytes)?);
+            outcome.groups = (0..groups).map(|_| self.report()).collect::<Result<_>>()?;
+            let slot = |bytes: [u8; size_of::<StatsSlot>()]| bytemuck::pod_read_unaligned(&bytes);
+            outcome.stats = self.words(stats as usize, slot)?;
+        }
+        Ok(outcome)
     }
 }

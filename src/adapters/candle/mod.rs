@@ -41,9 +41,9 @@
 //! | per call | launches | copies | waits | allocations |
 //! |---|---|---|---|---|
 //! | CPU tensors | | | | host only |
-//! | CUDA tensors, `total_norm` / `clip_grad_norm` / `clip_grad_value` | 2 / 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | 0 once a list of that size has been seen |
+//! | CUDA tensors, `clip_grad_norm` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | 0 once a list of that size has been seen |
 //! | each gradient that is not contiguous | 1 more, candle's | of that gradient | 0 | 1, candle's |
-//! | [`Deferred::wait`] | 0 | 64 bytes | 1 | 0 |
+//! | [`Deferred::wait`] | 0 | 72 bytes | 1 | 0 |
 //!
 //! [`Deferred::wait`]: crate::Deferred::wait
 #![cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
@@ -55,10 +55,12 @@ mod on_cpu;
 #[cfg(feature = "candle-cuda")]
 mod on_cuda;
 
-use super::deferred::Deferred;
+use super::deferred::{Deferred, DeferredScoped};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
+use crate::total_norm::TotalNorm;
 use candle_core::backprop::GradStore;
 use candle_core::Var;
 use grads::{GradList, Home};
@@ -110,6 +112,61 @@ pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipN
     }
 }
 
+/// Scales the gradients of `vars` by a norm that the caller has; see [`cpu::clip_with_norm`](crate::cpu::clip_with_norm).
+/// The norm is a number, or the report of an earlier call for tensors in the same place: of CUDA tensors it stays on the
+/// device.
+///
+/// # Errors
+/// As [`clip_grad_norm`]; a norm that is negative. Of CUDA tensors, [`Error::NormOutOfReach`] for the report of a call
+/// in another thread or on another stream.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use gradclip::NormType;
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let (weight, bias) = (Var::new(&[3.0f32], &Device::Cpu)?, Var::new(&[4.0f32], &Device::Cpu)?);
+/// let loss = ((weight.as_tensor().sqr()? + bias.as_tensor().sqr()?)? * 0.5)?.sum_all()?;
+/// let mut grads = loss.backward()?;
+/// let norm = gradclip::candle::total_norm(&[weight.clone(), bias], &grads, NormType::L2)?;
+/// gradclip::candle::clip_with_norm(&[weight.clone()], &mut grads, &norm, 1.0)?; // one of them, by the norm of both
+/// assert_eq!(grads.get(&weight).unwrap().to_vec1::<f32>()?, [0.6]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_with_norm<'a>(
+    vars: &[Var],
+    grads: &mut GradStore,
+    total_norm: impl Into<TotalNorm<'a>>,
+    clip: impl Into<ClipNorm>,
+) -> Result<Deferred<NormReport>> {
+    let (total_norm, clip) = (total_norm.into(), clip.into());
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_with_norm(list, vars, grads, total_norm, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_with_norm(list, &stream, vars, grads, total_norm, clip),
+    }
+}
+
+/// What [`clip_grad_norm`] would multiply the gradients of `vars` by, for an optimizer that multiplies them itself; see
+/// [`cpu::clip_coef`](crate::cpu::clip_coef). Nothing is written. Of CUDA tensors the factor stays on the device:
+/// [`Deferred::pending`](crate::Deferred) has its address.
+///
+/// # Errors
+/// As [`clip_grad_norm`].
+pub fn clip_coef(vars: &[Var], grads: &GradStore, clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_coef(list, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_coef(list, &stream, clip),
+    }
+}
+
 /// Limits each element of the gradients of `vars`; see [`cpu::clip_grad_value`](crate::cpu::clip_grad_value).
 ///
 /// # Errors
@@ -127,4 +184,85 @@ pub fn clip_grad_value(
         #[cfg(feature = "candle-cuda")]
         Home::Cuda(stream) => on_cuda::clip_grad_value(list, &stream, vars, grads, clip),
     }
+}
+
+/// The norm of each group of a [`Scope`]; see [`cpu::norms_by`](crate::cpu::norms_by). The lists of the scope and of the
+/// report are as for [`clip_grad_norm_by`].
+///
+/// # Errors
+/// As [`total_norm`], and a scope that does not fit the variables.
+///
+/// ```
+/// # use candle_core::{DType, Device, Var};
+/// # use gradclip::{NormType, Scope};
+/// # fn main() -> candle_core::Result<()> {
+/// let weight = Var::new(&[[3.0f32, 4.0], [0.0, -2.0]], &Device::Cpu)?;
+/// let unused = Var::zeros(7, DType::F32, &Device::Cpu)?;
+/// let grads = (weight.as_tensor().sqr()? * 0.5)?.sum_all()?.backward()?;
+/// let scope = Scope::leading_dimension().telemetry();
+/// let report = gradclip::candle::norms_by(&[unused, weight], &grads, &scope, NormType::L2)?.wait()?;
+/// let norms: Vec<f64> = report.of_tensor(1).unwrap().iter().map(|row| row.total_norm).collect();
+/// assert_eq!((norms, report.tensors[1].zeros), (vec![5.0, 2.0], 1));
+/// # Ok(())
+/// # }
+/// ```
+pub fn norms_by(vars: &[Var], grads: &GradStore, scope: &Scope<'_>, norm_type: NormType) -> Result<DeferredScoped> {
+    let list = GradList::gather(vars, grads)?;
+    let rows = leading_dimensions(vars, grads);
+    let scope = scope.with_leading_dimensions(&rows);
+    match list.home() {
+        Home::Cpu => on_cpu::norms_by(&list, &rows, &scope, norm_type),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::norms_by(&list, &stream, vars.len(), &scope, norm_type),
+    }
+}
+
+/// Clips the gradients of `vars` by the norm of each group of a [`Scope`]: each gradient by its own, named groups, each
+/// row; see [`cpu::clip_grad_norm_by`](crate::cpu::clip_grad_norm_by).
+///
+/// The lists of the scope and of the report have an entry for each variable, whether it has a gradient or not: one that
+/// has none, or shares that of one before it, counts as one without elements, of the variable's shape.
+/// [`Scope::leading_dimension`] takes the rows from the shapes.
+///
+/// # Errors
+/// As [`clip_grad_norm`], and a scope that does not fit the variables. No value has changed then.
+///
+/// ```
+/// # use candle_core::{DType, Device, Var};
+/// # use gradclip::Scope;
+/// # fn main() -> candle_core::Result<()> {
+/// let (encoder, head) = (Var::new(&[3.0f32, 4.0], &Device::Cpu)?, Var::new(&[30.0f32], &Device::Cpu)?);
+/// let loss = ((encoder.as_tensor().sqr()?.sum_all()? + head.as_tensor().sqr()?.sum_all()?)? * 0.5)?;
+/// let mut grads = loss.backward()?;
+/// let scope = Scope::groups(&[0, 1]).max_norms(&[Some(1.0), None]); // the head is only measured
+/// let vars = [encoder, head];
+/// let report = gradclip::candle::clip_grad_norm_by(&vars, &mut grads, &scope, 1.0)?.wait()?;
+/// assert_eq!((report.groups[0].total_norm, report.groups[1].total_norm), (5.0, 30.0));
+/// assert_eq!(grads.get(&vars[0]).unwrap().to_vec1::<f32>()?, [0.6, 0.8]);
+/// assert_eq!(grads.get(&vars[1]).unwrap().to_vec1::<f32>()?, [30.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_grad_norm_by(
+    vars: &[Var],
+    grads: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<DeferredScoped> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    let rows = leading_dimensions(vars, grads);
+    let scope = scope.with_leading_dimensions(&rows);
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_norm_by(&list, &rows, vars, grads, &scope, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_grad_norm_by(&list, &stream, vars, grads, &scope, clip),
+    }
+}
+
+/// Rows of each gradient, or of the variable that has none. A tensor without dimensions is one row.
+fn leading_dimensions(vars: &[Var], grads: &GradStore) -> Vec<usize> {
+    let of = |var: &Var| grads.get(var).unwrap_or(var.as_tensor()).dims().first().copied().unwrap_or(1);
+    vars.iter().map(of).collect()
 }

@@ -1,14 +1,17 @@
 //! CPU tensors: slices of their memory.
 
 use super::grads::GradList;
-use crate::adapters::deferred::Deferred;
+use crate::adapters::deferred::{Deferred, DeferredScoped};
 use crate::clip_coef::Verdict;
+use crate::cpu::scoped::{self, Measured};
 use crate::cpu::{self, Grad, GradMut};
 use crate::dtype::{Dtype, Element};
 use crate::error::Result;
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::plan::TensorRef;
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
+use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use std::slice::{from_raw_parts, from_raw_parts_mut};
@@ -28,6 +31,27 @@ pub(super) fn clip_grad_norm(mut list: GradList, clip: &ClipNorm) -> Result<Defe
     Ok(Deferred::on_host(report, list.into_variables()))
 }
 
+pub(super) fn clip_with_norm(
+    mut list: GradList,
+    total_norm: TotalNorm<'_>,
+    clip: &ClipNorm,
+) -> Result<Deferred<NormReport>> {
+    let total_norm = total_norm.on_host()?;
+    let judged = cpu::judge(&slices(&list), total_norm, clip);
+    let (report, verdict) = judged.map_err(|error| list.name_in(error))?;
+    if verdict.written() {
+        // SAFETY: `judge` has refused overlaps.
+        cpu::apply_to_any(&verdict, &mut unsafe { slices_mut(&mut list) });
+        list.put_back()?;
+    }
+    Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn clip_coef(list: GradList, clip: &ClipNorm) -> Result<Deferred<NormReport>> {
+    let (report, _) = measure(&list, clip)?;
+    Ok(Deferred::on_host(NormReport { written: false, ..report }, list.into_variables()))
+}
+
 pub(super) fn clip_grad_value(mut list: GradList, clip: &ClipValue) -> Result<Deferred<ValueReport>> {
     cpu::check(&slices(&list)).map_err(|error| list.name_in(error))?;
     let bounds = value_bounds::in_each_dtype(clip);
@@ -38,6 +62,29 @@ pub(super) fn clip_grad_value(mut list: GradList, clip: &ClipValue) -> Result<De
         list.put_back()?;
     }
     Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn norms_by(list: &GradList, scope: &Scope<'_>, norm_type: NormType) -> Result<DeferredScoped> {
+    let measured = measure_by(list, &scope.only_measured(), &ClipNorm::measure_only(norm_type))?;
+    Ok(DeferredScoped::on_host(measured.report))
+}
+
+pub(super) fn clip_grad_norm_by(list: &mut GradList, scope: &Scope<'_>, clip: &ClipNorm) -> Result<DeferredScoped> {
+    let measured = measure_by(list, scope, clip)?;
+    if measured.report.num_written() > 0 {
+        let variables: Vec<usize> = (0..list.places().len()).map(|index| list.variables().name(index)).collect();
+        // SAFETY: `measure_by` has refused overlaps.
+        let slices = unsafe { slices_mut(list) };
+        scoped::apply_to(&measured, variables.into_iter().zip(slices));
+        list.put_back()?;
+    }
+    Ok(DeferredScoped::on_host(measured.report))
+}
+
+/// In the list that is measured every parameter has a place, so that all indices are those of parameters.
+fn measure_by(list: &GradList, scope: &Scope<'_>, clip: &ClipNorm) -> Result<Measured> {
+    let all = list.variables().spread(list.rows().len(), Grad::F32(&[]), slices(list));
+    scoped::measure(&all, &scope.with_leading_dimensions(list.rows()), clip)
 }
 
 fn measure(list: &GradList, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {

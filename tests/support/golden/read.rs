@@ -1,7 +1,7 @@
 //! Reading the golden files.
 
 use super::super::tensor::Tensor;
-use super::{Case, Golden, Op};
+use super::{Case, Golden, Op, Preset};
 use gradclip::{Dtype, NonFinite, NormType};
 use std::path::{Path, PathBuf};
 
@@ -32,6 +32,14 @@ struct Entry {
     peer_grads: Option<Vec<String>>,
     exact_grads: Option<Vec<String>>,
     peer_differs: Option<String>,
+    preset: Option<String>,
+    arguments: Option<Vec<String>>,
+    nonfinite: Option<String>,
+    scope: Option<String>,
+    exact_norms: Option<Vec<String>>,
+    loss_scale: Option<String>,
+    peer_found_inf: Option<bool>,
+    total_norm: Option<String>,
 }
 
 #[derive(serde::Deserialize)]
@@ -58,6 +66,17 @@ impl Entry {
                 max_norm: required(&self.max_norm),
                 norm_type: self.norm_type(),
                 eps: required(&self.eps),
+                loss_scale: self.loss_scale.as_deref().map_or(1.0, number),
+                nonfinite: match self.nonfinite.as_deref() {
+                    None | Some("skip") => NonFinite::Skip,
+                    Some("propagate") => NonFinite::Propagate,
+                    Some(other) => panic!("{}: unknown policy {other}", self.name),
+                },
+            },
+            "clip_with_norm" => Op::ClipWithNorm {
+                total_norm: required(&self.total_norm),
+                max_norm: required(&self.max_norm),
+                eps: required(&self.eps),
                 nonfinite: NonFinite::Skip,
             },
             "clip_grad_value" => Op::ClipValue { lo: required(&self.lo), hi: required(&self.hi) },
@@ -73,11 +92,18 @@ impl Entry {
             peer_norm: self.peer_norm.as_deref().map(number),
             peer_grads: self.peer_grads.as_ref().map(tensors_of),
             peer_differs: self.peer_differs.clone(),
+            peer_found_inf: self.peer_found_inf,
             peer: self.peer.clone(),
             case: Case {
                 name: self.name.clone(),
                 op,
                 grads: self.grads.iter().map(|values| values.tensor(&values.bits)).collect(),
+                preset: self.preset.as_ref().map(|name| Preset {
+                    name: name.clone(),
+                    arguments: self.arguments.iter().flatten().map(|text| number(text)).collect(),
+                    per_tensor: self.scope.as_deref() == Some("tensor"),
+                    exact_norms: self.exact_norms.iter().flatten().map(|text| number(text)).collect(),
+                }),
             },
         }
     }

@@ -1,0 +1,23 @@
+// scoped.cu and scoped_stats.cu for norms of any order, loaded when they are first needed; see norm_partials_p.cu.
+//
+//   launch   scoped_partials_p, scoped_stats_p: any number of blocks of kTileThreads; scoped_coefs_p: one warp a job
+//   twin     src/cpu/scoped.rs
+#include "scoped.cuh"
+#include "scoped_stats.cuh"
+
+extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)
+    scoped_partials_p(gradclip::ScopedTable table, gradclip::u32 num_tiles, double* sums, double* scales, double p) {
+  gradclip::scoped_partials<gradclip::kP>(table, num_tiles, sums, scales, p);
+}
+
+extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kStatsBlocksPerMultiprocessor)
+    scoped_stats_p(gradclip::ScopedTable table, gradclip::u32 num_tiles, double* sums, double* scales,
+                   gradclip::Stats* tile_stats, double p) {
+  gradclip::scoped_stats<gradclip::kP>(table, num_tiles, sums, scales, tile_stats, p);
+}
+
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+    scoped_coefs_p(gradclip::ScopedTable table, gradclip::ScopedJobs jobs, gradclip::ClipParams params,
+                   gradclip::u64 call, gradclip::ScopedHeader* header) {
+  gradclip::scoped_coefs(table, jobs, params, {gradclip::kP, params.p}, call, header);
+}
