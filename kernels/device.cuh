@@ -87,6 +87,12 @@ __device__ __forceinline__ Pack load_shared_line(u64 address) {
       : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3]) : "l"(address));
   return p;
 }
+// The same of 8 bytes, as the first half of a pack.
+__device__ __forceinline__ Pack load_half_shared_line(u64 address) {
+  Pack p = {{0, 0, 0, 0}};
+  asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(p.word[0]), "=r"(p.word[1]) : "l"(address));
+  return p;
+}
 // About to be overwritten in place by the same thread.
 __device__ __forceinline__ Pack load_for_update(u64 address) {
   Pack p;
@@ -94,9 +100,21 @@ __device__ __forceinline__ Pack load_for_update(u64 address) {
                : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3]) : "l"(address) : "memory");
   return p;
 }
+// Stays before the stores that follow, so that a whole batch is in flight: the assembler moves a read-only load (.nc) to
+// between them.
+__device__ __forceinline__ Pack load_before_stores(u64 address) { return load_for_update(address); }
+__device__ __forceinline__ Pack load_half_before_stores(u64 address) {
+  Pack p = {{0, 0, 0, 0}};
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(p.word[0]), "=r"(p.word[1]) : "l"(address) : "memory");
+  return p;
+}
 __device__ __forceinline__ void store(u64 address, const Pack& p) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
                : : "l"(address), "r"(p.word[0]), "r"(p.word[1]), "r"(p.word[2]), "r"(p.word[3]) : "memory");
+}
+__device__ __forceinline__ void store_half(u64 address, const Pack& p) {
+  asm volatile("st.global.v2.u32 [%0], {%1,%2};" : : "l"(address), "r"(p.word[0]), "r"(p.word[1]) : "memory");
 }
 template <class Bits>
 __device__ __forceinline__ Bits load_element(u64 address) {

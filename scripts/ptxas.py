@@ -35,7 +35,7 @@ SLOW = {r"^\s*\.local\b|\b(ld|st)\.local\b": "uses local memory"}
 WIDE_LOAD = r"\bld\.global\S*\.v4\."
 WIDE_STORE = r"\bst\.global\S*\.v4\."
 # The kernels that walk tensors, and what each of them must have.
-WALKERS = {r"norm_partials_\w+": (WIDE_LOAD,), r"scale|clamp": (WIDE_LOAD, WIDE_STORE)}
+WALKERS = {r"norm_partials_\w+": (WIDE_LOAD,), r"scale|scale_into|clamp": (WIDE_LOAD, WIDE_STORE)}
 
 # A thread has 8 loads in flight before it uses the first: once in the code of each of the 4 dtypes.
 BATCH = 8
@@ -90,17 +90,19 @@ def run(command):
 
 
 def batches(instructions):
-    """How often BATCH loads past L1 (those of whole tensors) are in flight together, in one straight line of code."""
+    """How often BATCH loads past L1 (those of whole tensors) are in flight together, in one straight line of code; or as
+    many bytes in loads of 8."""
     count, pending, registers = 0, 0, set()
     for text in instructions:
-        load = re.match(r"(?:@!?U?P\d+ )?LDG\.E\.NA\.128\S* R(\d+), (.*)", text)
-        used = {int(r) for r in re.findall(r"\bR(\d+)\b", load.group(2) if load else text)}
+        load = re.match(r"(?:@!?U?P\d+ )?LDG\.E\.NA\.(64|128)\S* R(\d+), (.*)", text)
+        used = {int(r) for r in re.findall(r"\bR(\d+)\b", load.group(3) if load else text)}
         if used & registers or not text or re.match(r"(@!?U?P\d+ )?(BRA|BRX|EXIT)\b", text):
             pending, registers = 0, set()
         if load:
-            pending += 1
-            registers |= {int(load.group(1)) + i for i in range(4)}
-            count += pending == BATCH
+            size = int(load.group(1)) // 8
+            pending += size
+            registers |= {int(load.group(2)) + i for i in range(size // 4)}
+            count += pending == BATCH * 16
     return count
 
 

@@ -66,6 +66,7 @@ inline Pack load_pack(u64 address) {
 inline Pack load_once(u64 address) { return load_pack(address); }
 inline Pack load_shared_line(u64 address) { return load_pack(address); }
 inline Pack load_for_update(u64 address) { return load_pack(address); }
+inline Pack load_before_stores(u64 address) { return load_pack(address); }
 
 inline void store(u64 address, const Pack& p) {
   host::check_alignment(address, sizeof(Pack), "a store");
@@ -85,6 +86,16 @@ inline void store_element(u64 address, Bits bits) {
   host::check_alignment(address, sizeof(Bits), "a store");
   if (!host::may_access(address, sizeof(Bits), true)) return;
   *reinterpret_cast<typename host::AliasingType<Bits>::Type*>(address) = bits;
+}
+
+inline Pack load_half(u64 address) {
+  const u64 bits = load_element<u64>(address);
+  return {{static_cast<u32>(bits), static_cast<u32>(bits >> 32), 0, 0}};
+}
+inline Pack load_half_before_stores(u64 address) { return load_half(address); }
+inline Pack load_half_shared_line(u64 address) { return load_half(address); }
+inline void store_half(u64 address, const Pack& p) {
+  store_element<u64>(address, static_cast<u64>(p.word[1]) << 32 | p.word[0]);
 }
 
 }  // namespace gradclip
