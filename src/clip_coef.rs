@@ -32,6 +32,11 @@ impl Verdict {
         (self.clip_coef - f64::from(self.coef_hi())) as f32
     }
 
+    /// The same of a call that writes outputs.
+    pub(crate) fn out_of_place(self, total_norm: f64, nonfinite: NonFinite) -> Self {
+        Self { action: out_of_place(self.action, total_norm, nonfinite), ..self }
+    }
+
     pub(crate) fn written(&self) -> bool {
         self.action != action::KEEP
     }
@@ -57,6 +62,20 @@ pub(crate) fn decide(clip: &ClipNorm, total_norm: f64) -> Verdict {
         return Verdict { clip_coef, action: action::POISON };
     }
     Verdict { clip_coef: 1.0, action: action::KEEP }
+}
+
+/// What keeps the gradients in place writes them, times 1, out of place. Only a norm that is not finite, and is to be
+/// skipped, leaves the outputs alone. Twin: `out_of_place` in `kernels/scale_into.cu`.
+pub(crate) fn out_of_place(decided: u32, total_norm: f64, nonfinite: NonFinite) -> u32 {
+    if decided != action::KEEP {
+        decided
+    } else if total_norm.is_finite() {
+        action::SCALE
+    } else if matches!(nonfinite, NonFinite::Skip | NonFinite::Error) {
+        action::KEEP
+    } else {
+        action::POISON
+    }
 }
 
 /// The one NaN we write; payloads differ between processors.

@@ -131,6 +131,7 @@ mod dtype;
 mod error;
 mod fp_env;
 mod options;
+mod outputs;
 mod plan;
 mod report;
 mod value_bounds;

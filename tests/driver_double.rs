@@ -186,6 +186,7 @@ fn every_kernel_of_the_crate_is_there() {
         ("norm_partials_inf", 256),
         ("clip_coef", 1024),
         ("scale", 256),
+        ("scale_into", 256),
         ("clamp", 256),
         ("clamp_counts", 1024),
     ] {

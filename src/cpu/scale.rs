@@ -8,23 +8,43 @@ use half::{bf16, f16};
 
 /// Applies the verdict to some elements.
 pub(crate) fn scale<T: SplitScale>(isa: Isa, verdict: &Verdict, elements: &mut [T]) {
-    let coef = verdict.clip_coef;
-    match verdict.action {
-        action::KEEP => {}
-        action::CLEAR => elements.fill(T::zeroed()),
-        action::SCALE if coef >= SMALLEST_SPLIT_COEF => {
-            let coef = SplitCoef { full: coef, hi: verdict.coef_hi(), lo: verdict.coef_lo() };
-            isa.run(ScaleElements { coef, elements });
+    match Product::of(verdict) {
+        Product::Keep => {}
+        Product::Clear => elements.fill(T::zeroed()),
+        Product::Split(coef) => isa.run(ScaleElements { coef, elements }),
+        Product::Wide(coef) => elements.iter_mut().for_each(|x| *x = T::from_wide(x.wide() * coef)),
+    }
+}
+
+/// The way to the product, in place and out of place alike.
+pub(crate) enum Product {
+    Keep,
+    Clear,
+    /// By [`SplitScale`].
+    Split(SplitCoef),
+    /// `T::from_wide(x.wide() * coef)`: tiny coefficients, NaN and Inf.
+    Wide(f64),
+}
+
+impl Product {
+    pub(crate) fn of(verdict: &Verdict) -> Self {
+        let coef = verdict.clip_coef;
+        match verdict.action {
+            action::KEEP => Self::Keep,
+            action::CLEAR => Self::Clear,
+            action::SCALE if coef >= SMALLEST_SPLIT_COEF => {
+                Self::Split(SplitCoef { full: coef, hi: verdict.coef_hi(), lo: verdict.coef_lo() })
+            }
+            _ => Self::Wide(coef),
         }
-        _ => elements.iter_mut().for_each(|x| *x = T::from_wide(x.wide() * coef)),
     }
 }
 
 #[derive(Clone, Copy)]
 pub(crate) struct SplitCoef {
-    full: f64,
-    hi: f32,
-    lo: f32,
+    pub full: f64,
+    pub hi: f32,
+    pub lo: f32,
 }
 
 /// A dtype with the fast product: within one unit in the last place of `x * coef` for every finite x.

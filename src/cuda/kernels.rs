@@ -25,6 +25,7 @@ pub(crate) struct Kernels {
     norm_partials: [CUfunction; 3],
     pub clip_coef: CUfunction,
     pub scale: CUfunction,
+    pub scale_into: CUfunction,
     pub clamp: CUfunction,
     pub clamp_counts: CUfunction,
     modules: Modules,
@@ -41,6 +42,7 @@ impl Kernels {
         let norm_partials = modules.load("norm_partials")?;
         let clip_coef = modules.load("clip_coef")?;
         let scale = modules.load("scale")?;
+        let scale_into = modules.load("scale_into")?;
         let clamp = modules.load("clamp")?;
         let function = |module: CUmodule, symbol: &str| {
             // Ours have no NUL in them.
@@ -56,6 +58,7 @@ impl Kernels {
             ],
             clip_coef: function(clip_coef, "clip_coef")?,
             scale: function(scale, "scale")?,
+            scale_into: function(scale_into, "scale_into")?,
             clamp: function(clamp, "clamp")?,
             clamp_counts: function(clamp, "clamp_counts")?,
             modules,

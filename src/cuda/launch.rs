@@ -52,6 +52,16 @@ impl Launcher<'_> {
         unsafe { self.over_tiles("scale", self.kernels.scale, self.in_place_blocks(), &mut args) }
     }
 
+    /// Applies the report to the gradients, and writes their outputs; `outputs` is the table of these. The grid is that of
+    /// [`scale`](Self::scale).
+    pub(crate) fn scale_into(&self, outputs: u64, skip_nonfinite: bool, report: u64) -> Result<()> {
+        let skip_nonfinite = u32::from(skip_nonfinite);
+        let mut args = [arg(self.table), arg(&self.num_tiles), arg(&outputs), arg(&skip_nonfinite), arg(&report)];
+        // SAFETY: the arguments mirror scale_into in kernels/scale_into.cu; the table has a row for each tensor, with as
+        // many elements behind it, borrowed mutably by the caller, and no byte of them is in another row or a gradient.
+        unsafe { self.over_tiles("scale_into", self.kernels.scale_into, self.in_place_blocks(), &mut args) }
+    }
+
     /// Clamps the gradients; `counts[tile]` for every tile.
     pub(crate) fn clamp(&self, bounds: &ClampBounds, counts: u64) -> Result<()> {
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(bounds), arg(&counts)];

@@ -13,6 +13,7 @@ mod driver;
 mod kernels;
 mod launch;
 mod memory;
+mod outputs;
 mod reports;
 mod thread_clippers;
 mod workspace;
@@ -22,7 +23,7 @@ pub use clipper::Clipper;
 pub use driver::{check_driver, context};
 pub use kernels::compiler;
 pub use reports::Pending;
-pub use thread_clippers::{clip_grad_norm, clip_grad_value, release_thread_clippers, total_norm};
+pub use thread_clippers::{clip_grad_norm, clip_grad_norm_into, clip_grad_value, release_thread_clippers, total_norm};
 
 /// The cudarc whose types the calls take.
 pub use ::cudarc;

@@ -3,7 +3,9 @@
 use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread};
 use super::memory::DeviceBuffer;
 use crate::abi::ReportSlot;
+use crate::clip_coef::out_of_place;
 use crate::error::{Error, Result};
+use crate::options::NonFinite;
 use crate::plan::Plan;
 use crate::report::{NormReport, Report};
 use crate::REPORTS_KEPT;
@@ -139,12 +141,14 @@ pub struct Pending<R> {
     ring: Arc<ReportRing>,
     slot: Slot,
     plan: Arc<Plan>,
+    /// The policy of a call that writes outputs.
+    outputs: Option<NonFinite>,
     report: PhantomData<R>,
 }
 
 impl<R: Report> Pending<R> {
     pub(crate) fn new(ring: Arc<ReportRing>, slot: Slot, plan: Arc<Plan>) -> Self {
-        Self { ring, slot, plan, report: PhantomData }
+        Self { ring, slot, plan, outputs: None, report: PhantomData }
     }
 
     /// Waits for the stream, and reads the report. The only wait of this crate (with [`NonFinite::Error`], the clip
@@ -159,12 +163,21 @@ impl<R: Report> Pending<R> {
     ///
     /// [`NonFinite::Error`]: crate::NonFinite::Error
     pub fn wait(&self) -> Result<R> {
-        let slot = self.ring.read(self.slot)?;
+        let mut slot = self.ring.read(self.slot)?;
+        if let Some(nonfinite) = self.outputs {
+            slot.action = out_of_place(slot.action, slot.total_norm, nonfinite);
+        }
         Ok(R::from_slot(&slot, &|tile| self.plan.tensor_of(tile)))
     }
 }
 
 impl Pending<NormReport> {
+    /// The same of a call that writes outputs: what `written` means there is other than in place.
+    pub(crate) fn of_outputs(mut self, nonfinite: NonFinite) -> Self {
+        self.outputs = Some(nonfinite);
+        self
+    }
+
     /// Device address of `total_norm`, an f64, for kernels later on the same stream. Valid until [`REPORTS_KEPT`] later
     /// calls of a living clipper; if the call was captured, as long as the context.
     #[must_use]

@@ -4,6 +4,7 @@
 #include "../../kernels/norm_partials.cu"
 #include "../../kernels/clip_coef.cu"
 #include "../../kernels/scale.cu"
+#include "../../kernels/scale_into.cu"
 #include "../../kernels/clamp.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
@@ -18,6 +19,7 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(norm_partials_inf),
     FOLD_KERNEL(clip_coef),
     TILE_KERNEL(scale),
+    TILE_KERNEL(scale_into),
     TILE_KERNEL(clamp),
     FOLD_KERNEL(clamp_counts),
     {},
