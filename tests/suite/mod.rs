@@ -7,6 +7,7 @@ pub mod device;
 
 pub mod example_cuda_graph;
 mod golden;
+mod into;
 mod parity;
 mod semantics;
 
