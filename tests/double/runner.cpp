@@ -119,7 +119,7 @@ std::unique_ptr<T[]> filled(size_t count) {
 
 // As tests/support/runner.rs writes it.
 struct CaseHeader {
-  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts
+  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts. 2: as 0, with scale_into
   u32 table_in_memory;
   u32 with_scales;
   u32 blocks;
@@ -142,6 +142,14 @@ class Case {
       tensors_.emplace_back(new TensorMemory(misalign, numel * kElementBytes[dtype]));
       TensorMemory& tensor = *tensors_.back();
       in.bytes(tensor.data(), tensor.bytes());
+      if (header_.operation == 2) {
+        const u32 output_dtype = in.get<u32>();
+        const u32 output_misalign = in.get<u32>();
+        if (output_dtype > kBF16) fail("no such dtype");
+        outputs_.emplace_back(new TensorMemory(output_misalign, numel * kElementBytes[output_dtype]));
+        std::memset(outputs_.back()->data(), kStale, outputs_.back()->bytes());
+        output_descs_.push_back({outputs_.back()->address(), output_dtype, ~0u});
+      }
       descs_[i] = {tensor.address(), numel, num_tiles_, dtype};
       num_tiles_ += static_cast<u32>((tensor.bytes() + kTileBytes - 1) / kTileBytes);
     }
@@ -154,7 +162,7 @@ class Case {
   void run() {
     const Order order = {header_.reversed != 0, header_.reversed != 0};
     const u32 blocks = header_.blocks;
-    if (header_.operation == 0) {
+    if (header_.operation != 1) {
       static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf"};
       if (header_.clip.norm_type > kInf) fail("no such norm");
       int* scales = header_.with_scales ? scales_.get() : nullptr;
@@ -162,7 +170,14 @@ class Case {
           .add(table()).add(num_tiles_).add(sums_.get()).add(scales).run(blocks, order);
       Arguments("clip_coef")
           .add(sums_.get()).add(scales).add(num_tiles_).add(header_.clip).add(report_.get()).run(1, order);
-      Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+      if (header_.operation == 0) {
+        Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+      } else {
+        const u32 skip_nonfinite = header_.clip.nonfinite == kSkip;
+        Arguments("scale_into")
+            .add(table()).add(num_tiles_).add(output_descs_.data()).add(skip_nonfinite).add(report_.get())
+            .run(blocks, order);
+      }
     } else {
       Arguments("clamp").add(table()).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
       Arguments("clamp_counts").add(counts_.get()).add(num_tiles_).add(report_.get()).run(1, order);
@@ -176,6 +191,7 @@ class Case {
     write_bytes(counts_.get(), num_tiles_ * sizeof counts_[0]);
     write_bytes(report_.get(), sizeof(ReportSlot));
     for (const auto& tensor : tensors_) write_bytes(tensor->data(), tensor->bytes());
+    for (const auto& output : outputs_) write_bytes(output->data(), output->bytes());
   }
 
  private:
@@ -191,9 +207,13 @@ class Case {
     return table;
   }
 
+  static constexpr char kStale = 0x55;  // what an output holds before
+
   CaseHeader header_;
   u32 num_tiles_ = 0;
   std::vector<std::unique_ptr<TensorMemory>> tensors_;
+  std::vector<std::unique_ptr<TensorMemory>> outputs_;
+  std::vector<OutputDesc> output_descs_;
   std::unique_ptr<TensorDesc[]> descs_;
   std::unique_ptr<double[]> sums_;
   std::unique_ptr<int[]> scales_;

@@ -45,9 +45,14 @@ pub struct Tensor {
 pub enum Operation {
     /// norm_partials, clip_coef, scale.
     ClipNorm { max_norm: f64, eps: f64, norm_type: u32, nonfinite: u32 },
+    /// norm_partials, clip_coef, scale_into: to outputs of the type of each tensor, or of f32. Output i starts
+    /// `misalign + i` elements after a 16-byte border, and every byte of it is [`STALE`] before.
+    ClipNormInto { max_norm: f64, norm_type: u32, nonfinite: u32, to_f32: bool, misalign: usize },
     /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
     Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
 }
+
+pub const STALE: u8 = 0x55;
 
 #[derive(Debug, Clone)]
 pub struct Case {
@@ -84,6 +89,8 @@ pub struct Outcome {
     pub report: Report,
     /// The data of each tensor afterwards.
     pub tensors: Vec<Vec<u8>>,
+    /// That of the outputs, if there are any.
+    pub outputs: Vec<Vec<u8>>,
 }
 
 /// The program, built for one sanitizer or none.
@@ -196,7 +203,11 @@ impl Case {
     /// As `CaseHeader` in tests/double/runner.cpp, then the tensors.
     fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
         let header = [
-            matches!(self.operation, Operation::Clamp { .. }).into(),
+            match self.operation {
+                Operation::ClipNorm { .. } => 0,
+                Operation::Clamp { .. } => 1,
+                Operation::ClipNormInto { .. } => 2,
+            },
             self.table_in_memory.into(),
             self.with_scales.into(),
             self.blocks,
@@ -209,6 +220,9 @@ impl Case {
             Operation::ClipNorm { max_norm, eps, norm_type, nonfinite } => {
                 clip = ClipParams { max_norm, max_norm_at: 0, eps, norm_type, nonfinite };
             }
+            Operation::ClipNormInto { max_norm, norm_type, nonfinite, .. } => {
+                clip = ClipParams { max_norm, max_norm_at: 0, eps: 0.0, norm_type, nonfinite };
+            }
             Operation::Clamp { f64, f32, f16, bf16 } => {
                 ([bounds.lo_f64, bounds.hi_f64], [bounds.lo_f32, bounds.hi_f32]) = (f64, f32);
                 ([bounds.lo_f16, bounds.hi_f16], [bounds.lo_bf16, bounds.hi_bf16]) = (f16, bf16);
@@ -216,15 +230,26 @@ impl Case {
         }
         out.extend(bytes_of(&clip));
         out.extend(bytes_of(&bounds));
-        for tensor in &self.tensors {
+        for (index, tensor) in self.tensors.iter().enumerate() {
             ensure!(tensor.data.len() % tensor.dtype.size() == 0, "a part of an element");
             let numel = (tensor.data.len() / tensor.dtype.size()) as u64;
             out.extend((tensor.dtype as u32).to_le_bytes());
             out.extend(tensor.misalign.to_le_bytes());
             out.extend(numel.to_le_bytes());
             out.extend(&tensor.data);
+            if let Some((dtype, misalign)) = self.output(index) {
+                out.extend((dtype as u32).to_le_bytes());
+                out.extend(misalign.to_le_bytes());
+            }
         }
         Ok(())
+    }
+
+    /// Type of an output, and the bytes between a 16-byte border and its first element.
+    pub fn output(&self, index: usize) -> Option<(Dtype, u32)> {
+        let Operation::ClipNormInto { to_f32, misalign, .. } = self.operation else { return None };
+        let dtype = if to_f32 { Dtype::F32 } else { self.tensors[index].dtype };
+        Some((dtype, ((misalign + index) * dtype.size() % 16) as u32))
     }
 }
 
@@ -273,6 +298,13 @@ impl Bytes<'_> {
                 .tensors
                 .iter()
                 .map(|tensor| Ok(self.take(tensor.data.len())?.to_vec()))
+                .collect::<Result<_>>()?,
+            outputs: (0..case.tensors.len())
+                .filter_map(|index| Some((index, case.output(index)?.0)))
+                .map(|(index, dtype)| {
+                    let tensor = &case.tensors[index];
+                    Ok(self.take(tensor.data.len() / tensor.dtype.size() * dtype.size())?.to_vec())
+                })
                 .collect::<Result<_>>()?,
         })
     }
