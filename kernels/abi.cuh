@@ -95,4 +95,64 @@ struct ReportSlot {
   u32 reserved[3];
 };
 
+// A call with more than one norm. A group is what shares a norm: a tensor, several, or one row of one (rows being the
+// slices along the leading dimension). The table is in the order of the groups, so that each owns tiles in a row.
+struct ScopedTensor {
+  u64 address;     // of element 0, aligned to its dtype
+  u64 row_numel;   // elements of a row; of the tensor, where rows do not count
+  u32 first_tile;  // tiles of all tensors before this one in the table
+  u32 num_tiles;
+  u32 tiles_per_row;
+  u32 first_group;  // that of row 0; each row that counts has the next one
+  u32 dtype;
+  u32 index;  // of the tensor in the caller's list
+};
+
+constexpr u64 kSameThreshold = 0x7ff8000000000001ull;  // as the bits of a max_norm: the one of the call
+
+struct ScopedGroup {
+  double max_norm;  // or kSameThreshold
+  u64 numel;
+  u32 first_tile;
+  u32 num_tiles;
+};
+
+// What a pass sees besides the norm. Of a tile, of a tensor.
+struct Stats {
+  double max_abs;       // of the finite elements
+  u64 zeros;            // elements that are 0 or -0
+  u64 nonfinite;        // elements that are NaN or infinite
+  u64 first_nonfinite;  // the first of them, as an index into the row or the tensor; or kNoElement
+};
+constexpr u64 kNoElement = ~0ull;
+
+// One tensor, in the order of the caller's list.
+struct StatsSlot {
+  double norm;
+  Stats stats;
+};
+
+struct ScopedTable {
+  const ScopedTensor* tensors;
+  u32 num_tensors;
+};
+
+// What the jobs of the second stage are made of, and where they leave their results.
+struct ScopedJobs {
+  const ScopedGroup* groups;
+  u32 num_groups;
+  u32 num_stats;  // jobs after those of the groups: one for each tensor, or none
+  const double* sums;
+  const int* scales;
+  const Stats* tile_stats;
+  ReportSlot* reports;
+  StatsSlot* tensor_stats;
+};
+
+// Where the results of a scoped call go. They belong to call number `call` once header->call says so.
+struct ScopedHeader {
+  u64 call;
+  u64 reserved[7];
+};
+
 }  // namespace gradclip

@@ -1,4 +1,4 @@
-// The product of the apply stage: x * clip_coef, rounded to the type that is written. The same for scale.cu, in place,
+// The product of the apply stage: x * clip_coef, rounded to the type that is written. The same for scale.cuh, in place,
 // and for scale_into.cu, where that type may be another one than the gradient's.
 #pragma once
 

@@ -138,27 +138,46 @@ __device__ __forceinline__ Partial rescued_sum(const TensorView<T>& tensor, u64 
   return {chains.of_warp(), scale};
 }
 
-template <u32 kNorm, class T>
-__device__ __forceinline__ Partial segment_partial(const TensorView<T>& tensor, u64 first) {
+// Shows each pack to `observer` as well, on the one pass that every element makes.
+template <class Rows, class Observer>
+struct Watched {
+  Rows& rows;
+  Observer& observer;
+
+  __device__ __forceinline__ void add_row(const Pack& pack) {
+    rows.add_row(pack);
+    observer.add_row(pack);
+  }
+};
+
+struct NoObserver {
+  __device__ __forceinline__ void add_row(const Pack&) {}
+};
+
+template <u32 kNorm, class T, class Observer>
+__device__ __forceinline__ Partial segment_partial(const TensorView<T>& tensor, u64 first, Observer& observer) {
   if (first >= tensor.numel) return {0.0, 0};
   if constexpr (kNorm == kInf) {
     LargestMagnitude<T> largest;
-    walk_segment(tensor, first, largest);
+    Watched<LargestMagnitude<T>, Observer> watched = {largest, observer};
+    walk_segment(tensor, first, watched);
     return {magnitude_value<T>(largest.of_warp()), 0};
   } else {
     using Norm = typename NormOf<kNorm>::Type;
-    Chains<T, typename FastChain<Norm, T>::Type> chains;
-    walk_segment(tensor, first, chains);
+    using Sums = Chains<T, typename FastChain<Norm, T>::Type>;
+    Sums chains;
+    Watched<Sums, Observer> watched = {chains, observer};
+    walk_segment(tensor, first, watched);
     const double sum = chains.of_warp();
     return in_safe_range<Norm, T>(sum) ? Partial{sum, 0} : rescued_sum<Norm, T>(tensor, first, sum);
   }
 }
 
-template <u32 kNorm, class T>
-__device__ __forceinline__ Partial segment_partial(const TensorDesc& desc, u32 tile) {
-  const TensorView<T> tensor = {desc.address, desc.numel};
+// The first element of this warp's segment.
+template <class T>
+__device__ __forceinline__ u64 segment_begin(const TensorDesc& desc, u32 tile) {
   const u64 segment = static_cast<u64>(tile - desc.first_tile) * kSegmentsPerTile + thread_index() / kWarpThreads;
-  return segment_partial<kNorm, T>(tensor, segment * (kSegmentBytes / T::kSize));
+  return segment * (kSegmentBytes / T::kSize);
 }
 
 }  // namespace gradclip

@@ -33,7 +33,7 @@ __device__ __forceinline__ TensorDesc tensor_at(const TensorTable& table, u32 in
 }
 
 template <class Tensors>
-__device__ __forceinline__ TensorDesc find_in(const Tensors& tensors, u32 num_tensors, u32 tile) {
+__device__ __forceinline__ auto find_in(const Tensors& tensors, u32 num_tensors, u32 tile) {
   return tensors[find_index_in(tensors, num_tensors, tile)];
 }
 

@@ -5,6 +5,13 @@
 
 namespace gradclip {
 
+template <u32 kNorm, class T>
+__device__ __forceinline__ Partial segment_partial(const TensorDesc& desc, u32 tile) {
+  const TensorView<T> tensor = {desc.address, desc.numel};
+  NoObserver nobody;
+  return segment_partial<kNorm>(tensor, segment_begin<T>(desc, tile), nobody);
+}
+
 template <u32 kNorm>
 __device__ __forceinline__ Partial segment_partial_of(const TensorDesc& desc, u32 tile) {
   switch (desc.dtype) {

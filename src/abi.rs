@@ -140,3 +140,107 @@ pub struct ReportSlot {
     /// Room.
     pub reserved: [u32; 3],
 }
+
+/// One tensor of a call with more than one norm. A group is what shares a norm: a tensor, several, or one row of one. The
+/// table is in the order of the groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ScopedTensor {
+    /// Address of element 0.
+    pub address: u64,
+    /// Elements of a row; of the tensor, where rows do not count.
+    pub row_numel: u64,
+    /// Tiles of all tensors before this one in the table.
+    pub first_tile: u32,
+    /// Tiles of this one.
+    pub num_tiles: u32,
+    /// Tiles of each of its rows.
+    pub tiles_per_row: u32,
+    /// Group of row 0; each row that counts has the next one.
+    pub first_group: u32,
+    /// A [`Dtype`](crate::Dtype).
+    pub dtype: u32,
+    /// Index in the caller's list.
+    pub index: u32,
+}
+
+/// Bits of the `max_norm` of a group that has the threshold of the call.
+pub const SAME_THRESHOLD: u64 = 0x7ff8_0000_0000_0001;
+
+/// What shares one norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ScopedGroup {
+    /// Bits of the threshold, or [`SAME_THRESHOLD`].
+    pub max_norm: u64,
+    /// Elements of all its tensors.
+    pub numel: u64,
+    /// Its first tile.
+    pub first_tile: u32,
+    /// Its number of tiles.
+    pub num_tiles: u32,
+}
+
+/// `first_nonfinite` when there is none.
+pub const NO_ELEMENT: u64 = u64::MAX;
+
+/// What a pass sees besides the norm: of a tile, of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Stats {
+    /// Largest magnitude of the finite elements.
+    pub max_abs: f64,
+    /// Elements that are 0 or -0.
+    pub zeros: u64,
+    /// Elements that are NaN or infinite.
+    pub nonfinite: u64,
+    /// Index of the first of them, or [`NO_ELEMENT`].
+    pub first_nonfinite: u64,
+}
+
+/// What is reported of one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct StatsSlot {
+    /// Its own norm.
+    pub norm: f64,
+    /// The rest.
+    pub stats: Stats,
+}
+
+/// Before the results of a call with more than one norm.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ScopedHeader {
+    /// Number of the call that they are of.
+    pub call: u64,
+    /// Room.
+    pub reserved: [u64; 7],
+}
+
+/// The list of a call with more than one norm, as a kernel parameter.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ScopedTable {
+    /// Device address of the tensors.
+    pub tensors: u64,
+    /// How many.
+    pub num_tensors: u32,
+    /// Room.
+    pub reserved: u32,
+}
+
+/// What the second stage of such a call works on.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct ScopedJobs {
+    pub groups: u64,
+    pub num_groups: u32,
+    pub num_stats: u32,
+    pub sums: u64,
+    pub scales: u64,
+    pub tile_stats: u64,
+    pub reports: u64,
+    pub tensor_stats: u64,
+}

@@ -18,6 +18,9 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// By their numbers.
+    pub(crate) const ALL: [Self; 4] = [Self::F32, Self::F64, Self::F16, Self::BF16];
+
     /// Size of one element in bytes.
     #[must_use]
     pub const fn size(self) -> usize {

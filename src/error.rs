@@ -102,6 +102,40 @@ pub enum Error {
         /// Its address.
         address: u64,
     },
+    /// A list of a [`Scope`](crate::Scope) that has not one entry for each tensor (`groups`, `rows`) or for each group
+    /// (`max_norms`).
+    #[error("{what} has {got} entries, expected {expected}")]
+    ScopeLength {
+        /// Which list.
+        what: &'static str,
+        /// Entries it should have.
+        expected: usize,
+        /// Entries it has.
+        got: usize,
+    },
+    /// A group that is not below the number of thresholds, or, where there are none, of tensors.
+    #[error("tensor {tensor} is in group {group}, and groups are numbered from 0 to {}", .groups.saturating_sub(1))]
+    NoSuchGroup {
+        /// Index in the list.
+        tensor: usize,
+        /// Its group.
+        group: usize,
+        /// How many groups there can be.
+        groups: usize,
+    },
+    /// A tensor that cannot be cut into so many rows of one length.
+    #[error("tensor {tensor} has {numel} elements, which are not {rows} rows of one length")]
+    UnevenRows {
+        /// Index in the list.
+        tensor: usize,
+        /// Its number of elements.
+        numel: u64,
+        /// Rows asked for.
+        rows: usize,
+    },
+    /// [`Scope::leading_dimension`](crate::Scope::leading_dimension) of gradients that have no shape.
+    #[error("these gradients have no shape; say how many rows each has, with Scope::rows")]
+    ShapesUnknown,
     /// A tensor larger than the address space, or a list of more than 2^31 tiles of 32 KiB.
     #[error("tensor {tensor} with {numel} elements makes the list too large")]
     TooLarge {

@@ -138,12 +138,15 @@ mod options;
 mod outputs;
 mod plan;
 mod report;
+mod scope;
+mod scoped_plan;
 mod value_bounds;
 
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use options::{ClipNorm, ClipValue, NonFinite, NormType};
 pub use report::{NormReport, Report, ValueReport};
+pub use scope::{Scope, ScopedReport, TensorStats};
 
 /// Reports of past calls that a CUDA clipper keeps on the device.
 pub const REPORTS_KEPT: usize = 256;

@@ -28,7 +28,6 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn descs(&self) -> &[TensorDesc] {
         &self.descs
     }

@@ -3,7 +3,10 @@
 
 mod support;
 
-use gradclip::abi::{self, ClampBounds, ClipParams, OutputDesc, ReportSlot, TensorDesc, TensorTable};
+use gradclip::abi::{
+    self, ClampBounds, ClipParams, OutputDesc, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs, ScopedTable,
+    ScopedTensor, Stats, StatsSlot, TensorDesc, TensorTable,
+};
 use gradclip::{Dtype, NormType};
 use std::mem::{offset_of, size_of};
 use std::path::Path;
@@ -49,7 +52,17 @@ fn both_halves_of_the_abi_agree() {
         claims,
         ReportSlot { total_norm, clip_coef, first_bad_tile, clipped_elements, nan_elements, coef_hi, coef_lo, action }
     );
-    let values: [(&str, u64); 28] = [
+    layout!(
+        claims,
+        ScopedTensor { address, row_numel, first_tile, num_tiles, tiles_per_row, first_group, dtype, index }
+    );
+    layout!(claims, ScopedGroup { max_norm, numel, first_tile, num_tiles });
+    layout!(claims, Stats { max_abs, zeros, nonfinite, first_nonfinite });
+    layout!(claims, StatsSlot { norm, stats });
+    layout!(claims, ScopedHeader { call });
+    layout!(claims, ScopedTable { tensors, num_tensors });
+    layout!(claims, ScopedJobs { groups, num_groups, num_stats, sums, scales, tile_stats, reports, tensor_stats });
+    let values: [(&str, u64); 30] = [
         ("kPackBytes", abi::PACK_BYTES as u64),
         ("kWarpThreads", abi::WARP_THREADS as u64),
         ("kRowsPerSegment", abi::ROWS_PER_SEGMENT as u64),
@@ -61,6 +74,8 @@ fn both_halves_of_the_abi_agree() {
         ("kFoldThreads", abi::FOLD_THREADS as u64),
         ("kInlineTensors", abi::INLINE_TENSORS as u64),
         ("kNoTile", abi::NO_TILE),
+        ("kNoElement", abi::NO_ELEMENT),
+        ("kSameThreshold", abi::SAME_THRESHOLD),
         ("kF32", Dtype::F32 as u64),
         ("kF64", Dtype::F64 as u64),
         ("kF16", Dtype::F16 as u64),

@@ -8,16 +8,16 @@ use crate::options::NormType;
 
 /// The norm over all tiles: thread t of the kernel takes tiles t, t + 1024, ..., then come two levels of xor trees.
 pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType) -> f64 {
-    let mut threads = vec![Partial::default(); FOLD_THREADS];
-    for row in partials.chunks(FOLD_THREADS) {
-        for (thread, partial) in threads.iter_mut().zip(row) {
-            *thread = thread.combine(*partial, norm_type);
-        }
-    }
     let combine = |a: Partial, b: Partial| a.combine(b, norm_type);
+    let thread = |thread: usize| {
+        let own = partials.get(thread..).unwrap_or_default();
+        own.iter().step_by(FOLD_THREADS).copied().fold(Partial::default(), combine)
+    };
     let warps: [Partial; WARP_THREADS] = std::array::from_fn(|warp| {
-        let lanes: [Partial; WARP_THREADS] = std::array::from_fn(|lane| threads[warp * WARP_THREADS + lane]);
-        xor_tree(lanes, combine)
+        if warp * WARP_THREADS >= partials.len() {
+            return Partial::default(); // what the tree would give
+        }
+        xor_tree(std::array::from_fn::<_, WARP_THREADS, _>(|lane| thread(warp * WARP_THREADS + lane)), combine)
     });
     let total = xor_tree(warps, combine);
     if total.sum.is_nan() {

@@ -13,6 +13,8 @@ mod parallel;
 mod partial;
 mod scale;
 mod scale_into;
+mod scoped;
+mod stats;
 mod summation;
 
 pub(crate) use clamp::Counts;
@@ -28,6 +30,7 @@ use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
 use crate::outputs::{check_pairs, in_outputs, refuse_shared};
 use crate::plan::{Plan, TensorRef};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::{Scope, ScopedReport};
 use crate::value_bounds;
 use scale_into::Pair;
 
@@ -157,6 +160,60 @@ pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>
     let bounds = value_bounds::in_each_dtype(&clip);
     let mut writable = collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?;
     Ok(value_report(&clamp_all(&bounds, &mut writable)))
+}
+
+/// The norm of each group of a [`Scope`]: of each tensor, of named groups, of each row.
+///
+/// A group's norm has the bits of [`total_norm`] over a list of its tensors alone. Thresholds of the scope do not matter.
+///
+/// Cost: reads each gradient once, writes nothing; all cores.
+///
+/// # Errors
+/// As [`total_norm`], and a scope that does not fit the list: [`Error::ScopeLength`], [`Error::NoSuchGroup`],
+/// [`Error::UnevenRows`], [`Error::ShapesUnknown`].
+///
+/// ```
+/// use gradclip::{cpu, NormType, Scope};
+/// let grads = [vec![3.0f32, 0.0, -4.0], vec![f32::NAN, 2.0]];
+/// let report = cpu::norms_by(&grads, &Scope::per_tensor().telemetry(), NormType::L2)?;
+/// assert_eq!(report.groups[0].total_norm, 5.0);
+/// let (first, second) = (report.tensors[0], report.tensors[1]);
+/// assert_eq!((first.max_abs, first.zeros, first.nonfinite), (4.0, 1, 0));
+/// assert_eq!((second.max_abs, second.nonfinite, second.first_nonfinite), (2.0, 1, Some(0)));
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn norms_by<G: AsGrad>(grads: &[G], scope: &Scope<'_>, norm_type: NormType) -> Result<ScopedReport> {
+    let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    Ok(scoped::measure(&grads, &scope.without_thresholds(), &ClipNorm::measure_only(norm_type))?.report)
+}
+
+/// [`clip_grad_norm`] of each group of a [`Scope`] by itself: each tensor, named groups, each row; with a threshold for
+/// all or one for each.
+///
+/// [`NonFinite`] decides for each group: a NaN in one leaves the others alone, but [`NonFinite::Error`] leaves all.
+///
+/// Cost: reads each gradient once; reads and writes those of the groups that clip once more. All cores.
+///
+/// # Errors
+/// As [`clip_grad_norm`], and a scope that does not fit the list, as for [`norms_by`]. Nothing is touched then.
+///
+/// ```
+/// use gradclip::{cpu, Scope};
+/// let mut grads = [[3.0f32, 4.0], [0.3, 0.4]];
+/// let report = cpu::clip_grad_norm_by(&mut grads, &Scope::per_tensor(), 1.0)?;
+/// assert_eq!(grads, [[0.6, 0.8], [0.3, 0.4]]);
+/// assert_eq!((report.num_written(), report.groups[0].clip_coef), (1, 0.2));
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_grad_norm_by<G: AsGradMut>(
+    grads: &mut [G],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<ScopedReport> {
+    let readable = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let measured = scoped::measure(&readable, scope, &clip.into())?;
+    scoped::apply(&measured, collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?);
+    Ok(measured.report)
 }
 
 /// A list of gradients of no size can be longer than any memory.

@@ -8,8 +8,9 @@ use super::norm_partials::tile_partials;
 use super::partial::Partial;
 use super::scale;
 use super::scale_into::{scale_into, with_pair, Pair, ScaleInto};
+use super::stats::{self, tile_stats};
 use super::summation::FastSum;
-use crate::abi::{ClampBounds, TILE_BYTES};
+use crate::abi::{ClampBounds, Stats, TILE_BYTES};
 use crate::clip_coef::Verdict;
 use crate::fp_env::DefaultFpEnv;
 use crate::options::NormType;
@@ -24,29 +25,57 @@ pub(crate) const SERIAL_BYTES: usize = 8 * TILE_BYTES;
 pub(crate) fn norm_partials(norm_type: NormType, grads: &[Grad<'_>], num_tiles: usize) -> Vec<Partial> {
     let isa = Isa::detect();
     let mut partials = vec![Partial::default(); num_tiles];
-    let mut rest = partials.as_mut_slice();
+    for_each_run_of_tiles(grads, &mut partials, |grad, partials| {
+        with_slice!(Grad, grad, slice => tile_partials(isa, norm_type, slice, partials));
+    });
+    partials
+}
+
+/// The same, and what else is seen of each tile. A tile is still in the cache when it is looked at for that.
+pub(crate) fn norm_partials_and_stats(
+    norm_type: NormType,
+    grads: &[Grad<'_>],
+    num_tiles: usize,
+) -> (Vec<Partial>, Vec<Stats>) {
+    fn run<T: FastSum>(isa: Isa, norm_type: NormType, slice: &[T], places: &mut [(Partial, Stats)]) {
+        for (tile, (partial, stats)) in places.iter_mut().enumerate() {
+            let rest = &slice[tile * T::TILE_NUMEL..];
+            tile_partials(isa, norm_type, rest, std::slice::from_mut(partial));
+            *stats = tile_stats(&rest[..rest.len().min(T::TILE_NUMEL)]);
+        }
+    }
+    let isa = Isa::detect();
+    let mut places = vec![(Partial::default(), stats::NONE); num_tiles];
+    for_each_run_of_tiles(grads, &mut places, |grad, places| {
+        with_slice!(Grad, grad, slice => run(isa, norm_type, slice, places));
+    });
+    places.into_iter().unzip()
+}
+
+/// Runs `work` over pieces of all gradients, each with the places of its tiles.
+fn for_each_run_of_tiles<P: Send>(grads: &[Grad<'_>], mut places: &mut [P], work: impl Fn(Grad<'_>, &mut [P]) + Sync) {
+    let serial = places.len() <= SERIAL_BYTES / TILE_BYTES;
     let mut tasks = Vec::with_capacity(grads.len());
     for grad in grads {
-        with_slice!(Grad, grad, slice => cut(slice, &mut rest, &mut tasks, |slice| (*slice).into()));
+        with_slice!(Grad, grad, slice => cut(slice, &mut places, &mut tasks, |slice| (*slice).into()));
     }
-    let run = |(grad, partials): (Grad<'_>, &mut [Partial])| {
+    let run = |(grad, places): (Grad<'_>, &mut [P])| {
         let _env = DefaultFpEnv::enter();
-        with_slice!(Grad, grad, slice => tile_partials(isa, norm_type, slice, partials));
+        work(grad, places);
     };
-    if num_tiles <= SERIAL_BYTES / TILE_BYTES {
+    if serial {
         tasks.into_iter().for_each(run);
     } else {
         tasks.into_par_iter().for_each(run);
     }
-    partials
 }
 
 /// Cuts one gradient into tasks, and takes their places from `rest`. A task has the gradient to its end, since it looks
 /// ahead, and as many places as it has tiles to do.
-fn cut<'a, 'p, T: FastSum>(
+fn cut<'a, 'p, T: FastSum, P>(
     mut slice: &'a [T],
-    rest: &mut &'p mut [Partial],
-    tasks: &mut Vec<(Grad<'a>, &'p mut [Partial])>,
+    rest: &mut &'p mut [P],
+    tasks: &mut Vec<(Grad<'a>, &'p mut [P])>,
     wrap: impl Fn(&&'a [T]) -> Grad<'a>,
 ) {
     while !slice.is_empty() {
@@ -92,6 +121,20 @@ pub(crate) fn scale_pairs(verdict: &Verdict, pairs: Vec<Pair<'_>>) {
         let pair_in_pieces = |pair| with_pair!(pair, input, output => in_pieces(isa, verdict, input, output));
         pairs.into_par_iter().for_each(pair_in_pieces);
     }
+}
+
+/// Applies to each gradient its own verdict.
+pub(crate) fn scale_each(verdicts: &[&Verdict], grads: &mut [GradMut<'_>]) {
+    let isa = Isa::detect();
+    let work = |(grad, verdict): (&mut GradMut<'_>, &&Verdict)| {
+        if verdict.written() {
+            with_slice!(GradMut, grad, slice => pieces(slice).for_each(|piece| {
+                let _env = DefaultFpEnv::enter();
+                scale::scale(isa, verdict, piece);
+            }));
+        }
+    };
+    grads.par_iter_mut().zip(verdicts).for_each(work);
 }
 
 /// Clamps every gradient; what each of them held.

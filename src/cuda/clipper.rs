@@ -5,6 +5,7 @@ use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::outputs::Outputs;
 use super::reports::{Pending, ReportRing};
+use super::scoped::ScopedCalls;
 use super::workspace::Workspace;
 use crate::abi::{nonfinite, ClipParams};
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, DeviceList};
@@ -49,15 +50,17 @@ use std::sync::Arc;
 /// ```
 #[derive(Debug)]
 pub struct Clipper {
-    stream: Arc<CudaStream>,
-    home: HomeThread,
+    pub(super) stream: Arc<CudaStream>,
+    pub(super) home: HomeThread,
     kernels: KeepsContext<Kernels>,
     workspace: KeepsContext<Workspace>,
     outputs: KeepsContext<Outputs>,
     reports: Arc<ReportRing>,
-    plan: Arc<Plan>,
-    list: DeviceList,
-    multiprocessors: u32,
+    pub(super) plan: Arc<Plan>,
+    pub(super) list: DeviceList,
+    pub(super) multiprocessors: u32,
+    /// From the first call with a [`Scope`](crate::Scope) on.
+    pub(super) scoped: Option<KeepsContext<ScopedCalls>>,
 }
 
 impl Clipper {
@@ -88,6 +91,7 @@ impl Clipper {
             reports: Arc::new(ReportRing::new(stream)?),
             plan: Arc::new(Plan::default()),
             list: DeviceList::default(),
+            scoped: None,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
         })
     }
@@ -208,14 +212,16 @@ impl Clipper {
     /// reports; 16 a tensor more once there were outputs.
     #[must_use]
     pub fn device_bytes(&self) -> usize {
-        self.workspace.device_bytes() + self.outputs.device_bytes() + self.reports.bytes()
+        let scoped = self.scoped.as_ref().map_or(0, |scoped| scoped.device_bytes());
+        self.workspace.device_bytes() + self.outputs.device_bytes() + self.reports.bytes() + scoped
     }
 
     /// Pinned host memory this clipper holds, in bytes: none for lists of up to 160 tensors without
     /// outputs.
     #[must_use]
     pub fn pinned_bytes(&self) -> usize {
-        self.workspace.pinned_bytes() + self.outputs.pinned_bytes()
+        let scoped = self.scoped.as_ref().map_or(0, |scoped| scoped.pinned_bytes());
+        self.workspace.pinned_bytes() + self.outputs.pinned_bytes() + scoped
     }
 
     /// The stream that all work goes to.
@@ -277,6 +283,16 @@ impl Clipper {
 
     /// Plan and workspace for the gathered list; whether the stream is capturing.
     fn prepare(&mut self) -> Result<bool> {
+        let capturing = self.prepare_plan()?;
+        self.workspace.prepare(&self.plan, capturing)?;
+        if capturing {
+            self.kernels.leave_to_graphs();
+        }
+        Ok(capturing)
+    }
+
+    /// Plan for the gathered list; whether the stream is capturing.
+    pub(super) fn prepare_plan(&mut self) -> Result<bool> {
         let capturing = is_capturing(&self.stream)?;
         let same_list = self.plan.is_for(self.list.tensors());
         if !(same_list && self.list.has_known_raw_pointers()) {
@@ -285,10 +301,6 @@ impl Clipper {
                 self.take_plan()?;
             }
             self.list.remember_raw_pointers();
-        }
-        self.workspace.prepare(&self.plan, capturing)?;
-        if capturing {
-            self.kernels.leave_to_graphs();
         }
         Ok(capturing)
     }
@@ -334,7 +346,7 @@ fn wait_if_asked(pending: Pending<NormReport>, clip: &ClipNorm) -> Result<Pendin
     Ok(pending)
 }
 
-fn clip_params(clip: &ClipNorm) -> ClipParams {
+pub(super) fn clip_params(clip: &ClipNorm) -> ClipParams {
     ClipParams {
         max_norm: clip.max_norm,
         max_norm_at: clip.max_norm_at,

@@ -38,29 +38,19 @@ impl Kernels {
     /// `context` must be current.
     pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
         check_compute_capability(context)?;
-        let mut modules = Modules { context: context.clone(), loaded: Vec::new(), captured: false };
+        let mut modules = Modules::new(context);
         let norm_partials = modules.load("norm_partials")?;
         let clip_coef = modules.load("clip_coef")?;
         let scale = modules.load("scale")?;
         let scale_into = modules.load("scale_into")?;
         let clamp = modules.load("clamp")?;
-        let function = |module: CUmodule, symbol: &str| {
-            // Ours have no NUL in them.
-            let symbol = CString::new(symbol).unwrap_or_default();
-            // SAFETY: the module was loaded above.
-            unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
-        };
         Ok(Self {
-            norm_partials: [
-                function(norm_partials, "norm_partials_l1")?,
-                function(norm_partials, "norm_partials_l2")?,
-                function(norm_partials, "norm_partials_inf")?,
-            ],
-            clip_coef: function(clip_coef, "clip_coef")?,
-            scale: function(scale, "scale")?,
-            scale_into: function(scale_into, "scale_into")?,
-            clamp: function(clamp, "clamp")?,
-            clamp_counts: function(clamp, "clamp_counts")?,
+            norm_partials: modules.by_norm(norm_partials, "norm_partials")?,
+            clip_coef: modules.function(clip_coef, "clip_coef")?,
+            scale: modules.function(scale, "scale")?,
+            scale_into: modules.function(scale_into, "scale_into")?,
+            clamp: modules.function(clamp, "clamp")?,
+            clamp_counts: modules.function(clamp, "clamp_counts")?,
             modules,
         })
     }
@@ -75,6 +65,49 @@ impl Kernels {
     }
 }
 
+/// The kernels of calls with more than one norm. Loaded when they are first needed: their PTX is larger than that of all
+/// others.
+#[derive(Debug)]
+pub(crate) struct ScopedKernels {
+    partials: [CUfunction; 3],
+    stats: [CUfunction; 3],
+    pub coefs: CUfunction,
+    pub scale: CUfunction,
+    modules: Modules,
+}
+
+// SAFETY: as for `Kernels`.
+unsafe impl Send for ScopedKernels {}
+
+impl ScopedKernels {
+    /// `context` must be current.
+    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let mut modules = Modules::new(context);
+        let scoped = modules.load("scoped")?;
+        let stats = modules.load("scoped_stats")?;
+        Ok(Self {
+            partials: modules.by_norm(scoped, "scoped_partials")?,
+            stats: modules.by_norm(stats, "scoped_stats")?,
+            coefs: modules.function(scoped, "scoped_coefs")?,
+            scale: modules.function(scoped, "scoped_scale")?,
+            modules,
+        })
+    }
+
+    pub(crate) fn partials(&self, norm_type: NormType) -> CUfunction {
+        self.partials[norm_type as usize]
+    }
+
+    pub(crate) fn stats(&self, norm_type: NormType) -> CUfunction {
+        self.stats[norm_type as usize]
+    }
+
+    /// As [`Kernels::leave_to_graphs`].
+    pub(crate) fn leave_to_graphs(&mut self) {
+        self.modules.captured = true;
+    }
+}
+
 /// Loaded into the context, unloaded when dropped.
 #[derive(Debug)]
 struct Modules {
@@ -84,6 +117,24 @@ struct Modules {
 }
 
 impl Modules {
+    fn new(context: &Arc<CudaContext>) -> Self {
+        Self { context: context.clone(), loaded: Vec::new(), captured: false }
+    }
+
+    /// A function of a module that was loaded here.
+    fn function(&self, module: CUmodule, symbol: &str) -> Result<CUfunction> {
+        // Ours have no NUL in them.
+        let symbol = CString::new(symbol).unwrap_or_default();
+        // SAFETY: the module was loaded by `load`, and is unloaded no earlier than this value is dropped.
+        unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
+    }
+
+    /// Of a kernel that there is one of for each order of the norm.
+    fn by_norm(&self, module: CUmodule, stem: &str) -> Result<[CUfunction; 3]> {
+        let function = |norm: &str| self.function(module, &format!("{stem}_{norm}"));
+        Ok([function("l1")?, function("l2")?, function("inf")?])
+    }
+
     /// Tries each PTX we have of a stem: that of the local nvcc first, then the snapshot, which older drivers take too.
     fn load(&mut self, stem: &str) -> Result<CUmodule> {
         let candidates = MODULES.iter().find(|(name, _)| *name == stem).map_or(&[][..], |(_, texts)| texts);

@@ -23,7 +23,7 @@ pub(crate) struct Launcher<'a> {
 }
 
 /// The address of a kernel argument.
-fn arg<T>(value: &T) -> *mut c_void {
+pub(super) fn arg<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 
@@ -77,11 +77,11 @@ impl Launcher<'_> {
     }
 
     fn in_place_blocks(&self) -> u32 {
-        self.num_tiles.min(self.multiprocessors.saturating_mul(IN_PLACE_BLOCKS_PER_SM))
+        in_place_blocks(self.num_tiles, self.multiprocessors)
     }
 
     /// # Safety
-    /// `args` are those of `kernel`, and what they point to may be used as the kernel does until it has run.
+    /// As [`launch`].
     unsafe fn over_tiles(
         &self,
         op: &'static str,
@@ -89,34 +89,39 @@ impl Launcher<'_> {
         blocks: u32,
         args: &mut [*mut c_void],
     ) -> Result<()> {
-        if blocks == 0 {
-            return Ok(()); // only empty tensors
-        }
-        // SAFETY: passed on to the caller.
-        unsafe { self.launch(op, kernel, blocks, TILE_THREADS as u32, args) }
+        // SAFETY: passed on to the caller; `kernels` holds the module.
+        unsafe { launch(self.stream, op, kernel, (blocks, TILE_THREADS), args) }
     }
 
     /// # Safety
-    /// As [`over_tiles`](Self::over_tiles).
+    /// As [`launch`].
     unsafe fn one_block(&self, op: &'static str, kernel: CUfunction, args: &mut [*mut c_void]) -> Result<()> {
-        // SAFETY: passed on to the caller.
-        unsafe { self.launch(op, kernel, 1, FOLD_THREADS as u32, args) }
+        // SAFETY: passed on to the caller; `kernels` holds the module.
+        unsafe { launch(self.stream, op, kernel, (1, FOLD_THREADS), args) }
     }
+}
 
-    /// # Safety
-    /// As [`over_tiles`](Self::over_tiles).
-    unsafe fn launch(
-        &self,
-        op: &'static str,
-        kernel: CUfunction,
-        blocks: u32,
-        threads: u32,
-        args: &mut [*mut c_void],
-    ) -> Result<()> {
-        let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
-        // SAFETY: the function's module is loaded in the stream's context and held by `kernels`; the driver copies the
-        // arguments before it returns; the rest is the caller's.
-        unsafe { result::launch_kernel(kernel, grid, block, 0, self.stream.cu_stream(), args) }
-            .map_err(driver_error(op))
+/// Blocks of the stages that work in place, of a GPU with that many multiprocessors.
+pub(super) fn in_place_blocks(num_tiles: u32, multiprocessors: u32) -> u32 {
+    num_tiles.min(multiprocessors.saturating_mul(IN_PLACE_BLOCKS_PER_SM))
+}
+
+/// Enqueues a kernel, unless there is nothing to do for it.
+///
+/// # Safety
+/// `args` are those of `kernel`, whose module is loaded in the stream's context, and what they point to may be used as the
+/// kernel does until it has run.
+pub(super) unsafe fn launch(
+    stream: &CudaStream,
+    op: &'static str,
+    kernel: CUfunction,
+    (blocks, threads): (u32, usize),
+    args: &mut [*mut c_void],
+) -> Result<()> {
+    if blocks == 0 {
+        return Ok(()); // only empty tensors
     }
+    let (grid, block) = ((blocks, 1, 1), (threads as u32, 1, 1));
+    // SAFETY: the driver copies the arguments before it returns; the rest is the caller's.
+    unsafe { result::launch_kernel(kernel, grid, block, 0, stream.cu_stream(), args) }.map_err(driver_error(op))
 }

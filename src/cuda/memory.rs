@@ -98,15 +98,16 @@ impl GrowBuffer {
         self.memory.as_ref().map_or(0, DeviceBuffer::address)
     }
 
-    /// Room for `bytes`. What was there is lost if it has to grow, which it cannot while capturing.
+    /// Room for `bytes`; whether it had to grow for that, which it cannot while capturing. What was there is lost then.
     pub(crate) fn reserve(
         &mut self,
         stream: &Arc<CudaStream>,
         what: &'static str,
         bytes: usize,
         capturing: bool,
-    ) -> Result<()> {
-        if self.memory.as_ref().map_or(0, DeviceBuffer::bytes) < bytes {
+    ) -> Result<bool> {
+        let grow = self.memory.as_ref().map_or(0, DeviceBuffer::bytes) < bytes;
+        if grow {
             if capturing {
                 return Err(Error::CaptureNeedsWarmup { what });
             }
@@ -117,7 +118,12 @@ impl GrowBuffer {
         if capturing {
             self.leave_to_graphs();
         }
-        Ok(())
+        Ok(grow)
+    }
+
+    /// Fills the memory with `byte`, in the order of the stream.
+    pub(crate) fn fill(&mut self, byte: u8) -> Result<()> {
+        self.memory.as_mut().map_or(Ok(()), |memory| memory.fill(byte))
     }
 
     pub(crate) fn leave_to_graphs(&mut self) {

@@ -15,6 +15,7 @@ mod launch;
 mod memory;
 mod outputs;
 mod reports;
+mod scoped;
 mod thread_clippers;
 mod workspace;
 
@@ -23,7 +24,11 @@ pub use clipper::Clipper;
 pub use driver::{check_driver, context};
 pub use kernels::compiler;
 pub use reports::Pending;
-pub use thread_clippers::{clip_grad_norm, clip_grad_norm_into, clip_grad_value, release_thread_clippers, total_norm};
+pub use scoped::PendingScoped;
+pub use thread_clippers::{
+    clip_grad_norm, clip_grad_norm_by, clip_grad_norm_into, clip_grad_value, norms_by, release_thread_clippers,
+    total_norm,
+};
 
 /// The cudarc whose types the calls take.
 pub use ::cudarc;

@@ -3,10 +3,12 @@
 use super::clipper::Clipper;
 use super::driver::{check_driver, CurrentContext};
 use super::reports::Pending;
+use super::scoped::PendingScoped;
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
 use cudarc::driver::CudaStream;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -98,6 +100,33 @@ pub fn clip_grad_norm_into<G: DeviceGrad, O: DeviceGradMut>(
 ) -> Result<Pending<NormReport>> {
     let clip = clip.into();
     with_clipper(stream, |clipper| clipper.clip_grad_norm_into(grads, outputs, clip))
+}
+
+/// [`Clipper::norms_by`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::norms_by`]; [`Error::ThreadEnding`].
+pub fn norms_by<G: DeviceGrad>(
+    stream: &Arc<CudaStream>,
+    grads: &[G],
+    scope: &Scope<'_>,
+    norm_type: NormType,
+) -> Result<PendingScoped> {
+    with_clipper(stream, |clipper| clipper.norms_by(grads, scope, norm_type))
+}
+
+/// [`Clipper::clip_grad_norm_by`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_grad_norm_by`]; [`Error::ThreadEnding`].
+pub fn clip_grad_norm_by<G: DeviceGradMut>(
+    stream: &Arc<CudaStream>,
+    grads: &mut [G],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<PendingScoped> {
+    let clip = clip.into();
+    with_clipper(stream, |clipper| clipper.clip_grad_norm_by(grads, scope, clip))
 }
 
 /// [`Clipper::clip_grad_value`] with this thread's clipper for `stream`, made on first use.

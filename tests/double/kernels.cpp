@@ -6,6 +6,8 @@
 #include "../../kernels/scale.cu"
 #include "../../kernels/scale_into.cu"
 #include "../../kernels/clamp.cu"
+#include "../../kernels/scoped.cu"
+#include "../../kernels/scoped_stats.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
 #define FOLD_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kFoldThreads)
@@ -22,6 +24,14 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(scale_into),
     TILE_KERNEL(clamp),
     FOLD_KERNEL(clamp_counts),
+    TILE_KERNEL(scoped_partials_l1),
+    TILE_KERNEL(scoped_partials_l2),
+    TILE_KERNEL(scoped_partials_inf),
+    TILE_KERNEL(scoped_stats_l1),
+    TILE_KERNEL(scoped_stats_l2),
+    TILE_KERNEL(scoped_stats_inf),
+    FOLD_KERNEL(scoped_coefs),
+    TILE_KERNEL(scoped_scale),
     {},
 };
 

@@ -4,7 +4,7 @@ use crate::suite::data::{tensor, Tensor};
 use crate::suite::device::OnDevice;
 use crate::support::double::{self, Double};
 use gradclip::cuda::{self, Clipper};
-use gradclip::{ClipNorm, ClipValue, Dtype, NormType};
+use gradclip::{ClipNorm, ClipValue, Dtype, NormType, Scope};
 
 fn list_of(count: usize) -> Vec<Tensor> {
     (0..count).map(|i| tensor(Dtype::F32, &[i as f64, 1.0, -2.0])).collect()
@@ -100,6 +100,44 @@ fn repeated_calls_out_of_place_only_launch() {
                 });
             });
         }
+    });
+}
+
+/// Any number of tensors, groups and rows, with and without telemetry.
+#[test]
+fn repeated_scoped_calls_only_launch() {
+    with_bench(|mut bench| {
+        for count in [1, 160, 3000] {
+            let list = list_of(count);
+            let (groups, rows): (Vec<usize>, Vec<usize>) = (0..count).map(|i| (i % 7 % count, 3)).unzip();
+            let scopes = [Scope::global(), Scope::per_tensor(), Scope::groups(&groups), Scope::rows(&rows)];
+            let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+            device.with(&list, |grads| {
+                for scope in scopes.into_iter().flat_map(|scope| [scope, scope.telemetry()]) {
+                    let first = bench.count(|clipper| clipper.clip_grad_norm_by(grads, &scope, 1.0).unwrap());
+                    assert_eq!((first.launches, first.syncs, first.dtoh_calls), (3, 0, 0), "{count} tensors");
+                    let counters = bench.count(|clipper| clipper.clip_grad_norm_by(grads, &scope, 0.5).unwrap());
+                    assert_only_launches(&counters, 3, &format!("{count} tensors, {scope:?}"));
+                    let counters = bench.count(|clipper| clipper.norms_by(grads, &scope, NormType::L2).unwrap());
+                    assert_only_launches(&counters, 2, &format!("{count} tensors, {scope:?}"));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn reading_scoped_reports_is_one_wait() {
+    with_bench(|mut bench| {
+        let list = list_of(5);
+        let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+        let scope = Scope::per_tensor().telemetry();
+        let mut pending = None;
+        device.with(&list, |grads| pending = Some(bench.clipper.clip_grad_norm_by(grads, &scope, 1.0).unwrap()));
+        let counters = bench.count(|_| pending.unwrap().wait().unwrap());
+        let report = size_of::<gradclip::abi::ReportSlot>() as u64;
+        assert_eq!((counters.launches, counters.dtoh_bytes), (0, 64 + 5 * (report + 40)));
+        assert!(counters.syncs <= 1 + counters.dtoh_calls); // a copy to pageable memory waits too
     });
 }
 

@@ -9,6 +9,7 @@ pub mod example_cuda_graph;
 mod golden;
 mod into;
 mod parity;
+mod scoped;
 mod semantics;
 
 /// The training of the example, to run it here.

@@ -1,0 +1,175 @@
+// Calls with more than one norm: of each tensor, of named groups of tensors, of each row.
+//
+//   launch   scoped_partials_*: any number of blocks of kTileThreads; scoped_coefs: one warp for each job, that is, each
+//            group and after scoped_stats_* each tensor; scoped_scale: any number of blocks of kTileThreads
+//   reads    as norm_partials.cu, clip_coef.cu, scale.cu
+//   writes   one partial a tile; one ReportSlot a group, one StatsSlot a tensor; gradients of the groups that clip
+//   bits     a group's norm is that of a list of its tensors alone
+//   twin     src/cpu/scoped.rs
+#include "decide.cuh"
+#include "fold.cuh"
+#include "scale.cuh"
+#include "scoped_table.cuh"
+#include "stats.cuh"
+#include "tile.cuh"
+
+namespace gradclip {
+
+template <u32 kNorm>
+__device__ __forceinline__ void scoped_partials(const ScopedTable& table, u32 num_tiles, double* sums, int* scales) {
+  GRADCLIP_SEGMENT_SLOTS(slots);
+  for (u32 tile = block_index(); tile < num_tiles; tile += grid_blocks()) {
+    const Partial partial = fold_segments(kNorm, segment_partial_of<kNorm>(find_row(table, tile).desc, tile), slots);
+    if (thread_index() == 0) {
+      sums[tile] = partial.sum;
+      if (scales) scales[tile] = partial.scale;
+    }
+  }
+}
+
+// Folding the `count` values of a job, value(0) to value(count - 1), in the order of fold_block: by one warp, which goes
+// through the 32 warps of that block one after the other ...
+struct WarpFold {
+  template <class Value, class Load, class Combine>
+  __device__ __forceinline__ Value operator()(u32 count, Value zero, const Load& load, const Combine& combine) const {
+    const u32 lane = thread_index() % kWarpThreads;
+    Value of_warp = zero;
+    for (u32 warp = 0; warp < kWarpThreads && warp * kWarpThreads < count; ++warp) {
+      Value mine = zero;
+      for (u32 i = warp * kWarpThreads + lane; i < count; i += kFoldThreads) mine = combine(mine, load(i));
+#pragma unroll
+      for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) mine = combine(mine, shfl_xor(mine, mask));
+      if (lane == warp) of_warp = mine;
+    }
+#pragma unroll
+    for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) of_warp = combine(of_warp, shfl_xor(of_warp, mask));
+    return of_warp;
+  }
+  __device__ __forceinline__ bool writes() const { return thread_index() % kWarpThreads == 0; }
+};
+
+// ... or by the whole block.
+struct BlockFold {
+  Partial* partial_slots;
+  Stats* stats_slots;
+  u64* tile_slots;
+
+  __device__ __forceinline__ Partial* slots(Partial*) const { return partial_slots; }
+  __device__ __forceinline__ Stats* slots(Stats*) const { return stats_slots; }
+  __device__ __forceinline__ u64* slots(u64*) const { return tile_slots; }
+
+  template <class Value, class Load, class Combine>
+  __device__ __forceinline__ Value operator()(u32 count, Value zero, const Load& load, const Combine& combine) const {
+    Value mine = zero;
+    for (u32 i = thread_index(); i < count; i += kFoldThreads) mine = combine(mine, load(i));
+    sync_block();  // the slots have been read by the fold before
+    return fold_block(mine, slots(static_cast<Value*>(nullptr)), combine);
+  }
+  __device__ __forceinline__ bool writes() const { return thread_index() == 0; }
+};
+
+__device__ __forceinline__ Partial partial_of(const ScopedJobs& jobs, u32 tile) {
+  return {jobs.sums[tile], jobs.scales ? jobs.scales[tile] : 0};
+}
+
+template <class Fold>
+__device__ __forceinline__ Partial fold_partials(const Fold& fold, const ScopedJobs& jobs, u32 norm_type, u32 first_tile,
+                                                 u32 num_tiles) {
+  return fold(num_tiles, Partial{0.0, 0}, [&](u32 i) { return partial_of(jobs, first_tile + i); },
+              [norm_type](Partial a, Partial b) { return combine(norm_type, a, b); });
+}
+
+template <class Fold>
+__device__ __forceinline__ void group_job(const Fold& fold, const ScopedJobs& jobs, const ClipParams& params, u32 index) {
+  const ScopedGroup group = jobs.groups[index];
+  const Partial total = fold_partials(fold, jobs, params.norm_type, group.first_tile, group.num_tiles);
+  const u64 first_bad_tile = fold(
+      group.num_tiles, u64{kNoTile},
+      [&](u32 i) { return is_finite(jobs.sums[group.first_tile + i]) ? kNoTile : u64{group.first_tile} + i; },
+      [](u64 a, u64 b) { return a < b ? a : b; });
+  if (fold.writes()) {
+    ReportSlot* report = jobs.reports + index;
+    report->first_bad_tile = first_bad_tile;
+    report->clipped_elements = 0;
+    report->nan_elements = 0;
+    const double max_norm = bits_of(group.max_norm) == kSameThreshold ? threshold_of(params) : group.max_norm;
+    decide(params, max_norm, norm_of(params.norm_type, total), report);
+  }
+}
+
+template <class Fold>
+__device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jobs, u32 norm_type,
+                                          const ScopedTensor& tensor) {
+  const Partial total = fold_partials(fold, jobs, norm_type, tensor.first_tile, tensor.num_tiles);
+  const Stats stats = fold(
+      tensor.num_tiles, kNoStats,
+      [&](u32 i) {
+        Stats of_tile = jobs.tile_stats[tensor.first_tile + i];
+        if (of_tile.first_nonfinite != kNoElement) {
+          of_tile.first_nonfinite += row_of(tensor, tensor.first_tile + i) * tensor.row_numel;
+        }
+        return of_tile;
+      },
+      [](const Stats& a, const Stats& b) { return combine(a, b); });
+  if (fold.writes()) jobs.tensor_stats[tensor.index] = {norm_of(norm_type, total), stats};
+}
+
+// Jobs with more tiles than this are done by the whole block, one after the other: a warp would take longer to fold them
+// than all blocks take to read them. Not tuned on a GPU yet.
+constexpr u32 kTilesOfWarpJob = 256;
+
+__device__ __forceinline__ u32 tiles_of_job(const ScopedJobs& jobs, const ScopedTable& table, u32 job) {
+  if (job < jobs.num_groups) return jobs.groups[job].num_tiles;
+  return job - jobs.num_groups < jobs.num_stats ? table.tensors[job - jobs.num_groups].num_tiles : 0;
+}
+
+template <class Fold>
+__device__ __forceinline__ void do_job(const Fold& fold, const ScopedJobs& jobs, const ScopedTable& table,
+                                       const ClipParams& params, u32 job) {
+  if (job < jobs.num_groups) {
+    group_job(fold, jobs, params, job);
+  } else if (job - jobs.num_groups < jobs.num_stats) {
+    stats_job(fold, jobs, params.norm_type, table.tensors[job - jobs.num_groups]);
+  }
+}
+
+}  // namespace gradclip
+
+#define GRADCLIP_SCOPED_PARTIALS(symbol, norm)                                                             \
+  extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor) \
+      symbol(gradclip::ScopedTable table, gradclip::u32 num_tiles, double* sums, int* scales) {            \
+    gradclip::scoped_partials<gradclip::norm>(table, num_tiles, sums, scales);                             \
+  }
+
+GRADCLIP_SCOPED_PARTIALS(scoped_partials_l1, kL1)
+GRADCLIP_SCOPED_PARTIALS(scoped_partials_l2, kL2)
+GRADCLIP_SCOPED_PARTIALS(scoped_partials_inf, kInf)
+
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+    scoped_coefs(gradclip::ScopedTable table, gradclip::ScopedJobs jobs, gradclip::ClipParams params, gradclip::u64 call,
+                 gradclip::ScopedHeader* header) {
+  using namespace gradclip;
+  GRADCLIP_SHARED_ARRAY(Partial, partial_slots, kWarpThreads);
+  GRADCLIP_SHARED_ARRAY(Stats, stats_slots, kWarpThreads);
+  GRADCLIP_SHARED_ARRAY(u64, tile_slots, kWarpThreads);
+  const u32 first_job = block_index() * kWarpThreads;
+  const u32 own_job = first_job + thread_index() / kWarpThreads;
+  if (tiles_of_job(jobs, table, own_job) <= kTilesOfWarpJob) do_job(WarpFold{}, jobs, table, params, own_job);
+#pragma unroll 1
+  for (u32 job = first_job; job < first_job + kWarpThreads; ++job) {
+    if (tiles_of_job(jobs, table, job) > kTilesOfWarpJob) {
+      do_job(BlockFold{partial_slots, stats_slots, tile_slots}, jobs, table, params, job);
+    }
+  }
+  if (first_job == 0 && thread_index() == 0) header->call = call;
+}
+
+extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)
+    scoped_scale(gradclip::ScopedTable table, gradclip::u32 num_tiles, const gradclip::ReportSlot* reports) {
+  using namespace gradclip;
+  for (u32 tile = block_index(); tile < num_tiles; tile += grid_blocks()) {
+    const Row row = find_row(table, tile);
+    const ReportSlot decided = reports[row.group];
+    if (decided.action != kKeep) scale_tile_of(row.desc, tile, decided);
+  }
+}

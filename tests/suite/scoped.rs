@@ -1,0 +1,294 @@
+//! Norms of each tensor, group and row: the device against the CPU path, and both against lists of their own.
+
+use super::data::{bits, tensor, Source, Tensor, Values, DTYPES};
+use super::device::OnDevice;
+use crate::backend::{with_clipper, LARGE};
+use gradclip::cuda::Clipper;
+use gradclip::{
+    cpu, ClipNorm, Dtype, Error, NonFinite, NormReport, NormType, Result, Scope, ScopedReport, TensorStats,
+};
+
+const NORM_TYPES: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
+
+fn on_device(clipper: &mut Clipper, list: &mut [Tensor], scope: &Scope<'_>, clip: ClipNorm) -> Result<ScopedReport> {
+    let mut device = OnDevice::upload(clipper.stream(), list);
+    let report =
+        device.with(list, |grads| clipper.clip_grad_norm_by(grads, scope, clip)).and_then(|pending| pending.wait());
+    device.download(list);
+    report
+}
+
+fn group_bits(report: &NormReport) -> (u64, u64, bool, Option<usize>) {
+    (report.total_norm.to_bits(), report.clip_coef.to_bits(), report.written, report.first_nonfinite)
+}
+
+fn stats_bits(stats: &TensorStats) -> (u64, u64, u64, u64, Option<u64>) {
+    (stats.norm.to_bits(), stats.max_abs.to_bits(), stats.zeros, stats.nonfinite, stats.first_nonfinite)
+}
+
+/// Both back ends, with and without telemetry; the report.
+fn assert_parity(
+    clipper: &mut Clipper,
+    list: &[Tensor],
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+    what: &str,
+) -> ScopedReport {
+    let mut expected = None;
+    for scope in [*scope, scope.telemetry()] {
+        let (mut on_cpu, mut there) = (list.to_vec(), list.to_vec());
+        let report = cpu::clip_grad_norm_by(&mut on_cpu, &scope, clip).unwrap();
+        let got = on_device(clipper, &mut there, &scope, clip).unwrap();
+        let compare = |report: &ScopedReport| {
+            let groups: Vec<_> = report.groups.iter().map(group_bits).collect();
+            (groups, report.tensors.iter().map(stats_bits).collect::<Vec<_>>())
+        };
+        assert_eq!(compare(&got), compare(&report), "{what}");
+        assert_eq!(bits(&there), bits(&on_cpu), "{what}");
+        expected = Some(report);
+    }
+    expected.unwrap()
+}
+
+/// The rows of a list, as a list.
+fn rows_of(list: &[Tensor], rows: &[usize]) -> Vec<Tensor> {
+    let rows_of_one = |(one, &rows): (&Tensor, &usize)| {
+        let values = one.values.values();
+        let dtype = one.values.dtype();
+        let numel = values.len().checked_div(rows).unwrap_or(0);
+        (0..rows).map(|row| tensor(dtype, &values[row * numel..][..numel])).collect::<Vec<_>>()
+    };
+    list.iter().zip(rows).flat_map(rows_of_one).collect()
+}
+
+fn mixed_list(source: &mut Source) -> Vec<Tensor> {
+    let numels = [0, 1, 7, 40, 4096, 8192, 8200, 20_000];
+    let one = |i: usize| source.tensor(DTYPES[i % 4], numels[i * 5 % 8], i % 3);
+    (0..40).map(one).collect()
+}
+
+#[test]
+fn each_tensor_has_the_norm_it_has_alone() {
+    with_clipper(|clipper| {
+        let list = mixed_list(&mut Source::new(21));
+        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.1, 0.02]) {
+            let clip = ClipNorm::new(max_norm).norm_type(norm_type);
+            let report = assert_parity(clipper, &list, &Scope::per_tensor(), clip, &format!("{norm_type:?}"));
+            let mut clipped = list.clone();
+            cpu::clip_grad_norm_by(&mut clipped, &Scope::per_tensor(), clip).unwrap();
+            let mut written = 0;
+            for (index, one) in list.iter().enumerate() {
+                let mut alone = [one.clone()];
+                let expected = cpu::clip_grad_norm(&mut alone, clip).unwrap();
+                assert_eq!(group_bits(&report.groups[index]), group_bits(&expected), "{index}");
+                assert_eq!(report.of_tensor(index).unwrap().len(), 1);
+                assert_eq!(bits(&alone), bits(&clipped[index..=index]), "{index}");
+                written += usize::from(expected.written);
+            }
+            assert_eq!(report.num_written(), written);
+            assert!(written > 5 && written < 40, "{written}");
+        }
+    });
+}
+
+#[test]
+fn groups_have_the_norm_of_a_list_of_their_tensors() {
+    with_clipper(|clipper| {
+        let list = mixed_list(&mut Source::new(22));
+        let group_of: Vec<usize> = (0..list.len()).map(|i| [3, 0, 1, 3, 3][i % 5]).collect();
+        let max_norms = [Some(0.25), None, Some(1e9), Some(0.0)];
+        let scope = Scope::groups(&group_of).max_norms(&max_norms);
+        let report = assert_parity(clipper, &list, &scope, ClipNorm::new(7.0), "groups");
+        assert_eq!(report.groups.len(), 4);
+        for (group, max_norm) in max_norms.iter().enumerate() {
+            let members = || list.iter().zip(&group_of).filter(|(_, of)| **of == group).map(|(one, _)| one.clone());
+            let mut alone: Vec<Tensor> = members().collect();
+            let clip = ClipNorm::new(max_norm.unwrap_or(f64::INFINITY));
+            let mut expected = cpu::clip_grad_norm(&mut alone, clip).unwrap();
+            expected.first_nonfinite = None;
+            assert_eq!(group_bits(&report.groups[group]), group_bits(&expected), "{group}");
+        }
+    });
+}
+
+#[test]
+fn rows_have_the_norm_they_have_alone() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(23);
+        let mut list = Vec::new();
+        let mut rows = Vec::new();
+        for dtype in DTYPES {
+            let tile = 32 * 1024 / dtype.size();
+            for (count, row_numel) in
+                [(1, 1), (7, 3), (33, 17), (5, tile), (3, 2 * tile + 5), (4, tile / 8 + 1), (2, 0)]
+            {
+                list.push(source.tensor(dtype, count * row_numel, list.len() % 2));
+                rows.push(count);
+            }
+        }
+        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.05, 0.02]) {
+            let clip = ClipNorm::new(max_norm).norm_type(norm_type);
+            let report = assert_parity(clipper, &list, &Scope::rows(&rows), clip, &format!("{norm_type:?}"));
+            let expected = cpu::norms_by(&rows_of(&list, &rows), &Scope::per_tensor(), norm_type).unwrap();
+            let norms = |report: &ScopedReport| {
+                report.groups.iter().map(|group| group.total_norm.to_bits()).collect::<Vec<_>>()
+            };
+            assert_eq!(norms(&report), norms(&expected));
+            assert_eq!(report.of_tensor(1).unwrap().len(), 7);
+            assert_eq!(report.of_tensor(1).unwrap(), &report.groups[1..8]);
+            assert!(report.num_written() > 10 && report.num_written() < report.groups.len());
+        }
+    });
+}
+
+/// Groups of few tiles are folded by a warp, of more than 256 by a block, and the bits are those of the global norm.
+#[test]
+fn folds_of_every_size_have_the_bits_of_one_list() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(24);
+        for count in [1usize, 31, 33, 255, 256, 257, 1023, 1025, 2100] {
+            let list: Vec<Tensor> = (0..count).map(|i| source.tensor(DTYPES[i % 4], 3, 0)).collect();
+            for norm_type in NORM_TYPES {
+                let global = cpu::total_norm(&list, norm_type).unwrap();
+                let clip = ClipNorm::new(global.total_norm / 2.0).norm_type(norm_type);
+                let report = assert_parity(clipper, &list, &Scope::global(), clip, &format!("{count} {norm_type:?}"));
+                assert_eq!(report.groups[0].total_norm.to_bits(), global.total_norm.to_bits());
+            }
+        }
+    });
+}
+
+#[test]
+fn lists_of_every_length() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(25);
+        for count in [0, 1, 2, 32, 33, 161, LARGE.tensors] {
+            let list: Vec<Tensor> =
+                (0..count).map(|i| source.tensor(DTYPES[source_index(i)], [0, 1, 300][i % 3], i % 2)).collect();
+            let report = assert_parity(clipper, &list, &Scope::per_tensor(), 0.01.into(), &format!("{count}"));
+            assert_eq!(report.groups.len(), count);
+            assert_parity(clipper, &list, &Scope::global(), 0.01.into(), &format!("{count}, global"));
+        }
+    });
+}
+
+fn source_index(i: usize) -> usize {
+    (i * 7 + i / 3) % 4
+}
+
+/// What telemetry counts, against a plain count.
+#[test]
+fn telemetry_counts_what_is_there() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(26);
+        for dtype in DTYPES {
+            let tile = 32 * 1024 / dtype.size();
+            for numel in [1, 5, 100, tile / 8, tile + 3, 3 * tile] {
+                let mut values: Vec<f64> = (0..numel).map(|_| source.bell()).collect();
+                for _ in 0..numel / 7 {
+                    let place = source.below(numel);
+                    values[place] = [0.0, -0.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY][source.below(5)];
+                }
+                for offset in 0..2 {
+                    let values = Values::from_f64(dtype, values.iter().copied());
+                    let rounded = values.values();
+                    let list = [source.tensor(Dtype::F32, 9, 0), Tensor { values, offset }];
+                    let clip = ClipNorm::new(1.0).nonfinite(NonFinite::Skip);
+                    let report = {
+                        let mut there = list.to_vec();
+                        assert_parity(clipper, &list, &Scope::per_tensor(), clip, "telemetry");
+                        on_device(clipper, &mut there, &Scope::per_tensor().telemetry(), clip).unwrap()
+                    };
+                    let got = report.tensors[1];
+                    let finite = rounded.iter().filter(|x| x.is_finite());
+                    assert_eq!(got.max_abs, finite.fold(0.0, |max: f64, x| max.max(x.abs())));
+                    assert_eq!(got.zeros, rounded.iter().filter(|x| **x == 0.0).count() as u64);
+                    assert_eq!(got.nonfinite, rounded.iter().filter(|x| !x.is_finite()).count() as u64);
+                    assert_eq!(got.first_nonfinite, rounded.iter().position(|x| !x.is_finite()).map(|i| i as u64));
+                    let alone = cpu::total_norm(&list[1..], NormType::L2).unwrap().total_norm;
+                    assert_eq!(got.norm.to_bits(), alone.to_bits());
+                }
+            }
+            // Rows that do not fill their tiles: the element's index goes through the whole tensor.
+            let (rows, row_numel) = (5, tile + 7);
+            let mut values: Vec<f64> = (0..rows * row_numel).map(|_| source.bell()).collect();
+            values[3 * row_numel + tile + 2] = f64::NAN;
+            let list = [tensor(dtype, &values)];
+            let mut there = list.to_vec();
+            let report = on_device(clipper, &mut there, &Scope::rows(&[rows]).telemetry(), 1.0.into()).unwrap();
+            assert_eq!(report.tensors[0].first_nonfinite, Some((3 * row_numel + tile + 2) as u64));
+            assert_eq!(report.groups[3].first_nonfinite, Some(0));
+            assert_parity(clipper, &list, &Scope::rows(&[rows]), 1.0.into(), "rows");
+        }
+    });
+}
+
+#[test]
+fn one_bad_group_leaves_the_others_alone() {
+    with_clipper(|clipper| {
+        let list = [
+            tensor(Dtype::F32, &[3.0, 4.0]),
+            tensor(Dtype::F32, &[f64::NAN, 1.0]),
+            tensor(Dtype::F32, &[f64::INFINITY]),
+            tensor(Dtype::F32, &[6.0, 8.0]),
+        ];
+        for (policy, second) in
+            [(NonFinite::Skip, [f64::NAN, 1.0]), (NonFinite::Zero, [0.0, 0.0]), (NonFinite::Propagate, [f64::NAN; 2])]
+        {
+            let clip = ClipNorm::new(1.0).nonfinite(policy);
+            let report = assert_parity(clipper, &list, &Scope::per_tensor(), clip, &format!("{policy:?}"));
+            let mut there = list.to_vec();
+            on_device(clipper, &mut there, &Scope::per_tensor(), clip).unwrap();
+            assert_eq!(bits(&there[3..]), bits(&[tensor(Dtype::F32, &[0.6, 0.8])]), "{policy:?}");
+            assert_eq!(bits(&there[1..2]), bits(&[tensor(Dtype::F32, &second)]), "{policy:?}");
+            assert_eq!(report.groups[1].first_nonfinite, Some(1));
+            assert!(!report.is_finite());
+        }
+        let mut there = list.to_vec();
+        let clip = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+        let error = on_device(clipper, &mut there, &Scope::per_tensor(), clip).unwrap_err();
+        assert!(matches!(error, Error::NonFinite { tensor: Some(1), .. }), "{error}");
+        assert_eq!(bits(&there), bits(&list));
+    });
+}
+
+#[test]
+fn a_scope_that_does_not_fit_touches_nothing() {
+    with_clipper(|clipper| {
+        let list = [tensor(Dtype::F32, &[3.0, 4.0]), tensor(Dtype::F32, &[3.0, 4.0, 5.0])];
+        let negative = [Some(1.0), Some(-1.0)];
+        let refused = [
+            Scope::groups(&[0]),
+            Scope::groups(&[0, 5]),
+            Scope::rows(&[2, 2]),
+            Scope::leading_dimension(),
+            Scope::per_tensor().max_norms(&negative),
+        ];
+        for scope in refused {
+            let (mut on_cpu, mut there) = (list.to_vec(), list.to_vec());
+            let error = cpu::clip_grad_norm_by(&mut on_cpu, &scope, 1.0).unwrap_err();
+            // NaN-free, so equal errors compare equal.
+            assert_eq!(on_device(clipper, &mut there, &scope, 1.0.into()).unwrap_err(), error);
+            assert_eq!((bits(&there), bits(&on_cpu)), (bits(&list), bits(&list)), "{scope:?}");
+        }
+        assert!(on_device(clipper, &mut list.to_vec(), &Scope::per_tensor(), ClipNorm::new(-1.0)).is_err());
+    });
+}
+
+#[test]
+fn only_the_last_scoped_call_can_be_read() {
+    with_clipper(|clipper| {
+        let list = [tensor(Dtype::F32, &[3.0, 4.0])];
+        let mut device = OnDevice::upload(clipper.stream(), &list);
+        device.with(&list, |grads| {
+            let first = clipper.clip_grad_norm_by(grads, &Scope::per_tensor(), 10.0).unwrap();
+            assert_eq!(first.wait().unwrap().groups[0].total_norm, 5.0);
+            assert_eq!(first.wait().unwrap().groups[0].total_norm, 5.0);
+            clipper.clip_grad_norm(grads, 1.0).unwrap(); // of another kind
+            assert_eq!(first.wait().unwrap().groups[0].total_norm, 5.0);
+            let second = clipper.norms_by(grads, &Scope::global(), NormType::L1).unwrap();
+            assert_eq!(first.wait(), Err(Error::ReportExpired));
+            assert!((second.wait().unwrap().groups[0].total_norm - 1.4).abs() < 1e-6);
+        });
+    });
+}
