@@ -18,11 +18,13 @@ struct Unit {
   static constexpr u32 kInBytes = kNumel * In::kSize, kOutBytes = kNumel * Out::kSize;
   static constexpr u32 kInFlight = 8 * kPackBytes / kInBytes;  // loads of a thread
 
-  __device__ static __forceinline__ Pack load_before_stores(u64 address) {
-    return kInBytes == kPackBytes ? gradclip::load_before_stores(address) : load_half_before_stores(address);
+  __device__ static __forceinline__ Pack load_before_stores(u64 address, bool active) {
+    return kInBytes == kPackBytes ? gradclip::load_before_stores(address, active)
+                                  : load_half_before_stores(address, active);
   }
-  __device__ static __forceinline__ Pack load_shared_line(u64 address) {
-    return kInBytes == kPackBytes ? gradclip::load_shared_line(address) : load_half_shared_line(address);
+  __device__ static __forceinline__ Pack load_shared_line(u64 address, bool active) {
+    return kInBytes == kPackBytes ? gradclip::load_shared_line(address, active)
+                                  : load_half_shared_line(address, active);
   }
   __device__ static __forceinline__ Pack realign(const Pack& a, const Pack& b, u32 shift) {
     return kInBytes == kPackBytes ? gradclip::realign(a, b, shift) : realign_half(a, b, shift);
@@ -64,12 +66,6 @@ __device__ __forceinline__ void map_singles(const TileInto& tile, u32 begin, u32
   }
 }
 
-// Lanes that run out of units load their last one again: a guard would make a branch of each load, or keep the registers
-// of the batch before alive. `left` is the lane's own count, in steps of a whole block.
-__device__ __forceinline__ u32 step_within(u32 i, u32 left) {
-  return i * kTileThreads < left ? i * kTileThreads : (left - 1) / kTileThreads * kTileThreads;
-}
-
 template <class In, class Out, class Map>
 __device__ __forceinline__ void map_aligned(u64 address, u64 output, u32 units, const Map& map) {
   using Unit = gradclip::Unit<In, Out>;
@@ -81,11 +77,11 @@ __device__ __forceinline__ void map_aligned(u64 address, u64 output, u32 units, 
     Pack in[Unit::kInFlight];
 #pragma unroll
     for (u32 i = 0; i < Unit::kInFlight; ++i) {
-      in[i] = Unit::load_before_stores(from + static_cast<u64>(step_within(i, left)) * Unit::kInBytes);
+      in[i] = Unit::load_before_stores(from + i * (kTileThreads * Unit::kInBytes), i * kTileThreads < left);
     }
 #pragma unroll
     for (u32 i = 0; i < Unit::kInFlight; ++i) {
-      if (i == 0 || i * kTileThreads < left) Unit::map(to + i * (kTileThreads * Unit::kOutBytes), in[i], map);
+      if (i * kTileThreads < left) Unit::map(to + i * (kTileThreads * Unit::kOutBytes), in[i], map);
     }
   }
 }
@@ -103,13 +99,13 @@ __device__ __forceinline__ void map_misaligned(u64 address, u64 output, u32 unit
     Pack below[kBatch], above[kBatch];
 #pragma unroll
     for (u32 i = 0; i < kBatch; ++i) {
-      const u64 border = from + static_cast<u64>(step_within(i, left)) * Unit::kInBytes;
-      below[i] = Unit::load_shared_line(border);
-      above[i] = Unit::load_shared_line(border + Unit::kInBytes);
+      const u64 border = from + i * (kTileThreads * Unit::kInBytes);
+      below[i] = Unit::load_shared_line(border, i * kTileThreads < left);
+      above[i] = Unit::load_shared_line(border + Unit::kInBytes, i * kTileThreads < left);
     }
 #pragma unroll
     for (u32 i = 0; i < kBatch; ++i) {
-      if (i == 0 || i * kTileThreads < left) {
+      if (i * kTileThreads < left) {
         Unit::map(to + i * (kTileThreads * Unit::kOutBytes), Unit::realign(below[i], above[i], shift), map);
       }
     }

@@ -4,8 +4,8 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, TensorRef};
 
-/// All others would round a gradient to fewer bits than it has, or hold no more of it than f32 does; and each is code that
-/// every user loads (16 pairs instead of 7: three times the PTX).
+/// All others would round a gradient to fewer bits than it has, or hold no more of it than f32 does; and each is code to
+/// load (16 pairs instead of 7: three times the PTX).
 pub(crate) fn can_take(output: Dtype, gradient: Dtype) -> bool {
     output == gradient || output == Dtype::F32
 }

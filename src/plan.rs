@@ -83,9 +83,9 @@ impl Plan {
         self.by_address.clear();
         let mut next_tile = 0;
         for (index, &TensorRef { address, numel, dtype }) in tensors.iter().enumerate() {
-            let too_large = Error::TooLarge { tensor: index, numel };
-            let size = numel.checked_mul(dtype.size() as u64).ok_or(too_large.clone())?;
-            let end = address.checked_add(size).ok_or(too_large.clone())?;
+            let too_large = || Error::TooLarge { tensor: index, numel };
+            let size = numel.checked_mul(dtype.size() as u64).ok_or_else(too_large)?;
+            let end = address.checked_add(size).ok_or_else(too_large)?;
             if numel > 0 && address % dtype.size() as u64 != 0 {
                 return Err(Error::Misaligned { tensor: index, dtype, address });
             }
@@ -93,7 +93,7 @@ impl Plan {
             next_tile = u32::try_from(u64::from(next_tile) + num_tiles(numel, dtype))
                 .ok()
                 .filter(|&tiles| tiles <= i32::MAX as u32)
-                .ok_or(too_large)?;
+                .ok_or_else(too_large)?;
             if numel > 0 {
                 self.has_f64 |= dtype == Dtype::F64;
                 self.by_address.push((address, end, index));

@@ -45,8 +45,10 @@ mod double {
     pub mod faults;
     pub mod gpu_bench;
     pub mod graphs;
+    pub mod host_allocations;
     pub mod lifetimes;
     pub mod raw;
     pub mod streams;
     pub mod threads;
+    pub mod traffic;
 }

@@ -245,9 +245,11 @@ impl Clipper {
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
-        if apply == Apply::OutOfPlace {
-            self.outputs.prepare(self.list.tensors(), &self.plan, &self.stream, capturing)?;
-        }
+        let outputs = if apply == Apply::OutOfPlace {
+            Some(self.outputs.prepare(self.list.tensors(), &self.plan, &self.stream, capturing)?)
+        } else {
+            None
+        };
         let slot = self.reports.take(capturing)?;
         let report = self.reports.address(slot);
         let (sums, scales) = (self.workspace.sums(), self.workspace.scales(&self.plan));
@@ -257,16 +259,14 @@ impl Clipper {
             .norm_partials(clip.norm_type, sums, scales)
             .and_then(|()| launcher.clip_coef(&params, sums, scales, report))
             .inspect_err(|_| self.reports.give_back(slot))?;
-        let applied = match apply {
-            Apply::Nowhere => Ok(()),
-            Apply::InPlace => launcher.scale(report),
-            Apply::OutOfPlace => {
-                launcher.scale_into(self.outputs.address(), params.nonfinite == nonfinite::SKIP, report)
-            }
+        let applied = match (apply, outputs) {
+            (Apply::InPlace, _) => launcher.scale(report),
+            (_, Some(outputs)) => launcher.scale_into(outputs, params.nonfinite == nonfinite::SKIP, report),
+            _ => Ok(()),
         };
         applied?; // the slot stays taken: a graph may write it by now
         let pending = Pending::new(self.reports.clone(), slot, self.plan.clone());
-        Ok(if apply == Apply::OutOfPlace { pending.of_outputs(clip.nonfinite) } else { pending })
+        Ok(if outputs.is_some() { pending.of_outputs(clip.nonfinite) } else { pending })
     }
 
     fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {

@@ -27,7 +27,7 @@ struct Staging {
     copied: CudaEvent,
 }
 
-impl<T: Pod + PartialEq> DeviceTable<T> {
+impl<T: Pod> DeviceTable<T> {
     /// `what` names it in errors.
     pub(crate) fn new(stream: &Arc<CudaStream>, what: &'static str) -> Self {
         Self { stream: stream.clone(), what, memory: GrowBuffer::default(), uploaded: Vec::new(), staging: Vec::new() }
@@ -39,7 +39,8 @@ impl<T: Pod + PartialEq> DeviceTable<T> {
     /// staging buffer is still in flight (the host has then run that many calls ahead: a buffer more is cheaper than to
     /// wait). While capturing it does neither.
     pub(crate) fn set(&mut self, rows: &[T], capturing: bool) -> Result<()> {
-        if self.uploaded != rows {
+        // As bytes: one memcmp, where field by field it is a quarter of a repeated call's work.
+        if bytemuck::cast_slice::<_, u8>(&self.uploaded) != bytemuck::cast_slice::<_, u8>(rows) {
             self.upload(rows, capturing)?;
         }
         if capturing {

@@ -25,7 +25,6 @@ pub(crate) struct Kernels {
     norm_partials: [CUfunction; 3],
     pub clip_coef: CUfunction,
     pub scale: CUfunction,
-    pub scale_into: CUfunction,
     pub clamp: CUfunction,
     pub clamp_counts: CUfunction,
     modules: Modules,
@@ -42,13 +41,11 @@ impl Kernels {
         let norm_partials = modules.load("norm_partials")?;
         let clip_coef = modules.load("clip_coef")?;
         let scale = modules.load("scale")?;
-        let scale_into = modules.load("scale_into")?;
         let clamp = modules.load("clamp")?;
         Ok(Self {
             norm_partials: modules.by_norm(norm_partials, "norm_partials")?,
             clip_coef: modules.function(clip_coef, "clip_coef")?,
             scale: modules.function(scale, "scale")?,
-            scale_into: modules.function(scale_into, "scale_into")?,
             clamp: modules.function(clamp, "clamp")?,
             clamp_counts: modules.function(clamp, "clamp_counts")?,
             modules,
@@ -60,6 +57,30 @@ impl Kernels {
     }
 
     /// Graphs may launch the kernels from now on, so they stay loaded: see `DeviceBuffer::leave_to_graphs`.
+    pub(crate) fn leave_to_graphs(&mut self) {
+        self.modules.captured = true;
+    }
+}
+
+/// The kernel of calls out of place. Loaded when it is first needed: a quarter of the PTX of the others.
+#[derive(Debug)]
+pub(crate) struct IntoKernel {
+    pub scale_into: CUfunction,
+    modules: Modules,
+}
+
+// SAFETY: as for `Kernels`.
+unsafe impl Send for IntoKernel {}
+
+impl IntoKernel {
+    /// `context` must be current.
+    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let mut modules = Modules::new(context);
+        let scale_into = modules.load("scale_into")?;
+        Ok(Self { scale_into: modules.function(scale_into, "scale_into")?, modules })
+    }
+
+    /// As [`Kernels::leave_to_graphs`].
     pub(crate) fn leave_to_graphs(&mut self) {
         self.modules.captured = true;
     }

@@ -4,13 +4,23 @@
 //! It is copied when the outputs are others than before. 16 bytes a tensor, on the device and in each staging buffer.
 
 use super::device_table::DeviceTable;
+use super::kernels::IntoKernel;
 use crate::abi::OutputDesc;
 use crate::adapters::cudarc::{DeviceGradMut, DeviceList};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::outputs::{check_pairs, in_outputs, refuse_shared};
 use crate::plan::{Plan, TensorRef};
+use cudarc::driver::sys::CUfunction;
 use cudarc::driver::CudaStream;
 use std::sync::Arc;
+
+/// What a launch needs of the outputs. Good as long as nothing else is prepared.
+#[derive(Clone, Copy)]
+pub(crate) struct Ready {
+    pub kernel: CUfunction,
+    /// Device address of the table.
+    pub table: u64,
+}
 
 #[derive(Debug)]
 pub(crate) struct Outputs {
@@ -20,6 +30,7 @@ pub(crate) struct Outputs {
     checked: bool,
     rows: Vec<OutputDesc>,
     table: DeviceTable<OutputDesc>,
+    kernel: Option<IntoKernel>,
 }
 
 impl Outputs {
@@ -30,6 +41,7 @@ impl Outputs {
             checked: false,
             rows: Vec::new(),
             table: DeviceTable::new(stream, "the table of outputs"),
+            kernel: None,
         }
     }
 
@@ -47,15 +59,15 @@ impl Outputs {
         self.checked = false;
     }
 
-    /// Checks the gathered outputs against the gradients, of which `plan` is the plan, and makes the table ready. Allocates
-    /// and copies as [`DeviceTable::set`] does. The context is current.
+    /// Checks the gathered outputs against the gradients, of which `plan` is the plan, and makes ready the table, whose
+    /// address it gives, and the kernel. Allocates and copies as [`DeviceTable::set`] does. The context is current.
     pub(crate) fn prepare(
         &mut self,
         gradients: &[TensorRef],
         plan: &Plan,
-        stream: &CudaStream,
+        stream: &Arc<CudaStream>,
         capturing: bool,
-    ) -> Result<()> {
+    ) -> Result<Ready> {
         let same_list = self.checked && self.plan.is_for(self.list.tensors());
         if !(same_list && self.list.has_known_raw_pointers()) {
             self.list.check_raw_pointers(stream).map_err(in_outputs)?;
@@ -64,10 +76,18 @@ impl Outputs {
             }
             self.list.remember_raw_pointers();
         }
+        let kernel = match &mut self.kernel {
+            Some(kernel) => kernel,
+            None if capturing => return Err(Error::CaptureNeedsWarmup { what: "the kernel of calls out of place" }),
+            none => none.insert(IntoKernel::load(stream.context())?),
+        };
         if plan.num_tiles() > 0 {
             self.table.set(&self.rows, capturing)?;
         }
-        Ok(())
+        if capturing {
+            kernel.leave_to_graphs();
+        }
+        Ok(Ready { kernel: kernel.scale_into, table: self.table.address() })
     }
 
     fn check(&mut self, gradients: &[TensorRef], plan: &Plan) -> Result<()> {
@@ -80,11 +100,6 @@ impl Outputs {
         self.rows.extend(self.list.tensors().iter().map(row));
         self.checked = true;
         Ok(())
-    }
-
-    /// Of the table.
-    pub(crate) fn address(&self) -> u64 {
-        self.table.address()
     }
 
     pub(crate) fn device_bytes(&self) -> usize {

@@ -40,6 +40,21 @@ inline bool may_access(u64 address, u32 bytes, bool write) {
   return memory.find(address, bytes, write);
 }
 
+// Bytes that kernels have moved by the functions below, since somebody set it back: those of gradients. (Partials,
+// descriptors and reports go through plain pointers.)
+struct Traffic {
+  u64 read;         // once, past L1
+  u64 read_shared;  // by packs that a neighbour reads too: asked of L1, of which memory gives each byte once
+  u64 written;
+};
+extern Traffic traffic;
+
+// One thread runs all fibers, so this need not be one instruction; atomic for the thread sanitizer, to which fibers are
+// threads.
+inline void count(u64& counter, u32 bytes) {
+  __atomic_store_n(&counter, __atomic_load_n(&counter, __ATOMIC_RELAXED) + bytes, __ATOMIC_RELAXED);
+}
+
 inline void check_alignment(u64 address, u32 bytes, const char* what) {
   if (address % bytes != 0) die("%s of %u bytes at the misaligned address %#llx", what, bytes, address);
 }
@@ -63,13 +78,22 @@ inline Pack load_pack(u64 address) {
   const host::AliasingWord* words = reinterpret_cast<const host::AliasingWord*>(address);
   return {{words[0], words[1], words[2], words[3]}};
 }
-inline Pack load_once(u64 address) { return load_pack(address); }
-inline Pack load_shared_line(u64 address) { return load_pack(address); }
-inline Pack load_for_update(u64 address) { return load_pack(address); }
-inline Pack load_before_stores(u64 address) { return load_pack(address); }
+inline Pack load_once(u64 address) {
+  host::count(host::traffic.read, sizeof(Pack));
+  return load_pack(address);
+}
+inline Pack load_shared_line(u64 address) {
+  host::count(host::traffic.read_shared, sizeof(Pack));
+  return load_pack(address);
+}
+inline Pack load_for_update(u64 address) {
+  host::count(host::traffic.read, sizeof(Pack));
+  return load_pack(address);
+}
 
 inline void store(u64 address, const Pack& p) {
   host::check_alignment(address, sizeof(Pack), "a store");
+  host::count(host::traffic.written, sizeof(Pack));
   if (!host::may_access(address, sizeof(Pack), true)) return;
   host::AliasingWord* words = reinterpret_cast<host::AliasingWord*>(address);
   for (u32 i = 0; i < 4; ++i) words[i] = p.word[i];
@@ -78,22 +102,34 @@ inline void store(u64 address, const Pack& p) {
 template <class Bits>
 inline Bits load_element(u64 address) {
   host::check_alignment(address, sizeof(Bits), "a load");
+  host::count(host::traffic.read, sizeof(Bits));
   if (!host::may_access(address, sizeof(Bits), false)) return static_cast<Bits>(~0ull);
   return *reinterpret_cast<const typename host::AliasingType<Bits>::Type*>(address);
 }
 template <class Bits>
 inline void store_element(u64 address, Bits bits) {
   host::check_alignment(address, sizeof(Bits), "a store");
+  host::count(host::traffic.written, sizeof(Bits));
   if (!host::may_access(address, sizeof(Bits), true)) return;
   *reinterpret_cast<typename host::AliasingType<Bits>::Type*>(address) = bits;
 }
 
 inline Pack load_half(u64 address) {
-  const u64 bits = load_element<u64>(address);
-  return {{static_cast<u32>(bits), static_cast<u32>(bits >> 32), 0, 0}};
+  host::check_alignment(address, sizeof(u64), "a load");
+  if (!host::may_access(address, sizeof(u64), false)) return {{~0u, ~0u, 0, 0}};
+  const host::AliasingWord* words = reinterpret_cast<const host::AliasingWord*>(address);
+  return {{words[0], words[1], 0, 0}};
 }
-inline Pack load_half_before_stores(u64 address) { return load_half(address); }
-inline Pack load_half_shared_line(u64 address) { return load_half(address); }
+inline Pack load_before_stores(u64 address, bool active) { return active ? load_for_update(address) : Pack{}; }
+inline Pack load_half_before_stores(u64 address, bool active) {
+  if (active) host::count(host::traffic.read, sizeof(u64));
+  return active ? load_half(address) : Pack{};
+}
+inline Pack load_shared_line(u64 address, bool active) { return active ? load_shared_line(address) : Pack{}; }
+inline Pack load_half_shared_line(u64 address, bool active) {
+  if (active) host::count(host::traffic.read_shared, sizeof(u64));
+  return active ? load_half(address) : Pack{};
+}
 inline void store_half(u64 address, const Pack& p) {
   store_element<u64>(address, static_cast<u64>(p.word[1]) << 32 | p.word[0]);
 }

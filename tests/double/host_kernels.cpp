@@ -7,6 +7,7 @@ namespace gradclip {
 namespace host {
 
 GlobalMemory global_memory = {};
+Traffic traffic = {};
 
 namespace {
 

@@ -63,6 +63,12 @@ fn captured_calls_out_of_place_keep_their_outputs() {
         let error = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap_err();
         assert!(matches!(error, Error::CaptureNeedsWarmup { .. }), "{error}");
         stream.end_capture(FLAGS).unwrap();
+        clipper.clip_grad_norm(&mut grads(&stream, count), norm).unwrap(); // makes room for the partials
+        clipper.total_norm(&list, NormType::L2).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        let error = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap_err();
+        assert_eq!(error, Error::CaptureNeedsWarmup { what: "the kernel of calls out of place" });
+        stream.end_capture(FLAGS).unwrap();
         clipper.clip_grad_norm_into(&list, &mut others, norm).unwrap();
         stream.begin_capture(MODE).unwrap();
         let error = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap_err();

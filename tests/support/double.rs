@@ -43,6 +43,17 @@ pub struct Counters {
     pub faults: u64,
 }
 
+/// A kernel that has run, and the bytes of gradients that it moved. Partials, descriptors and reports are not counted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelRun {
+    pub symbol: String,
+    /// Read past L1.
+    pub read: u64,
+    /// Asked of L1, in packs that overlap: memory gives each of their bytes once.
+    pub read_shared: u64,
+    pub written: u64,
+}
+
 /// A kernel the double was built with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Kernel {
@@ -178,6 +189,28 @@ impl Double {
             .collect()
     }
 
+    /// What has run since the last reset, in order.
+    pub fn kernel_runs(&self) -> Vec<KernelRun> {
+        #[repr(C)]
+        struct Run {
+            symbol: *const c_char,
+            bytes: [u64; 3],
+        }
+        let get = self.function::<unsafe extern "C" fn(u64, *mut Run) -> c_int>("double_get_run");
+        let mut runs = Vec::new();
+        loop {
+            let mut run = Run { symbol: std::ptr::null(), bytes: [0; 3] };
+            // SAFETY: see `function`; the pointer is to a local of the type that control.h has.
+            if unsafe { get(runs.len() as u64, &mut run) } == 0 {
+                return runs;
+            }
+            let [read, read_shared, written] = run.bytes;
+            // SAFETY: a string literal of the library.
+            let symbol = unsafe { CStr::from_ptr(run.symbol) }.to_string_lossy().into_owned();
+            runs.push(KernelRun { symbol, read, read_shared, written });
+        }
+    }
+
     /// The n-th driver call from now (0: the next) returns `code` and does nothing.
     pub fn fail(&self, call_index: u64, code: c_int) {
         let function = self.function::<unsafe extern "C" fn(u64, c_int)>("double_fail");
@@ -252,6 +285,11 @@ impl Double {
     /// Asynchronous work is queued until the host waits for it.
     pub fn set_deferred(&self, deferred: bool) {
         self.set("double_set_deferred", c_int::from(deferred));
+    }
+
+    /// Whether launches do anything. Where not, they are checked and counted all the same.
+    pub fn set_kernels_run(&self, run: bool) {
+        self.set("double_set_kernels_run", c_int::from(run));
     }
 
     /// Pieces of work queued and not run.

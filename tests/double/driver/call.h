@@ -28,6 +28,7 @@ class ContextCall : public Call {
 double_counters& counters();
 // Prints what the caller did wrong. The return code says it to the program, this to the one who debugs it.
 void complain(const char* format, ...) __attribute__((format(printf, 1, 2)));
+void record_run(const double_kernel_run& run);
 CUresult kernel_crash_due();  // the code of an injected crash, when this kernel is the one
 
 }  // namespace driver

@@ -23,6 +23,7 @@ struct Injection {
 struct Control {
   double_counters counters = {};
   std::vector<const char*> log;  // names are string literals
+  std::vector<double_kernel_run> runs;
   Injection failure;
   Injection crash;
   int delivered = 0;
@@ -89,6 +90,10 @@ CUresult kernel_crash_due() {
   return control().crash.code;
 }
 
+void record_run(const double_kernel_run& run) {
+  if (control().runs.size() < kLongestLog) control().runs.push_back(run);
+}
+
 void complain(const char* format, ...) {
   va_list args;
   va_start(args, format);
@@ -129,6 +134,7 @@ CONTROL_API void double_reset_counters() {
   LOCKED;
   control().counters = {};
   control().log.clear();
+  control().runs.clear();
 }
 
 CONTROL_API void double_get_counters(double_counters* out) {
@@ -144,6 +150,13 @@ CONTROL_API uint64_t double_log_size() {
 CONTROL_API const char* double_log_name(uint64_t index) {
   LOCKED;
   return index < control().log.size() ? control().log[index] : nullptr;
+}
+
+CONTROL_API int double_get_run(uint64_t index, double_kernel_run* out) {
+  LOCKED;
+  if (index >= control().runs.size()) return 0;
+  *out = control().runs[index];
+  return 1;
 }
 
 CONTROL_API void double_fail(uint64_t index, int code) { arm(control().failure, index, code, false, ""); }
@@ -191,6 +204,11 @@ CONTROL_API void double_set_deferred(int deferred) {
   LOCKED;
   driver().settings.deferred = deferred != 0;
   if (!deferred) drain_everything();
+}
+
+CONTROL_API void double_set_kernels_run(int run) {
+  LOCKED;
+  driver().settings.kernels_run = run != 0;
 }
 
 CONTROL_API uint64_t double_live_handles() {

@@ -33,6 +33,15 @@ void double_get_counters(double_counters* out);
 uint64_t double_log_size(void);
 const char* double_log_name(uint64_t index);  // null past the end
 
+// One kernel that has run, and the bytes of gradients that it moved (host::Traffic).
+typedef struct {
+  const char* symbol;
+  uint64_t read, read_shared, written;
+} double_kernel_run;
+
+// Those since the last reset of the counters, in order; false past the end.
+int double_get_run(uint64_t index, double_kernel_run* out);
+
 // The call_index-th driver call from now (0: the next one) returns `code` and does nothing.
 void double_fail(uint64_t call_index, int code);
 void double_fail_from(uint64_t call_index, int code);                    // that one and all after it: a lost device
@@ -49,6 +58,7 @@ void double_set_memory_pools(int supported);
 void double_set_total_memory(uint64_t bytes);
 void double_set_order(int reversed);    // threads and blocks in reversed order
 void double_set_deferred(int deferred);  // asynchronous work waits until the host does
+void double_set_kernels_run(int run);    // 0: launches are checked and counted, and do nothing
 
 // Memory.
 uint64_t double_check_guards(void);       // guard zones and freed blocks written to, since the reset

@@ -1,5 +1,7 @@
 #include <cstring>
 
+#include "../../../kernels/abi.cuh"
+#include "../cuda_on_host.h"
 #include "call.h"
 #include "memory.h"
 
@@ -27,8 +29,12 @@ struct Launch {
 
 CUresult run(const Launch& launch) {
   if (const CUresult crash = kernel_crash_due()) return crash;
+  if (!driver().settings.kernels_run) return CUDA_SUCCESS;
   watch_kernel_accesses(launch.device);
+  host::traffic = {};
   run_kernel(*launch.kernel, launch.params->bytes, launch.blocks, driver().settings.order);
+  const host::Traffic& moved = host::traffic;
+  record_run({launch.kernel->symbol, moved.read, moved.read_shared, moved.written});
   return finish_watching();
 }
 

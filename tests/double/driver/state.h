@@ -106,6 +106,7 @@ struct Settings {
   uint64_t total_memory = 8ull << 30;
   host::Order order;
   bool deferred = false;
+  bool kernels_run = true;
 };
 
 template <class Object>
