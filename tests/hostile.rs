@@ -265,7 +265,7 @@ fn odd_lists_out_of_place() {
     let long = vec![[0f32; 0]; usize::MAX];
     let error = cpu::clip_grad_norm_into(&long, &mut none.clone(), 1.0).unwrap_err();
     assert!(matches!(error, Error::OutOfMemory { .. }));
-    let error = cpu::clip_grad_norm_into(&none, &mut vec![[0f32; 0]; 5], 1.0).unwrap_err();
+    let error = cpu::clip_grad_norm_into(&none, &mut [[0f32; 0]; 5], 1.0).unwrap_err();
     assert_eq!(error, Error::OutputCount { gradients: 0, outputs: 5 });
     // Thresholds are checked before the lists, gradients before outputs.
     let error = cpu::clip_grad_norm_into(&[[1f32]], &mut none.clone(), -1.0).unwrap_err();
