@@ -34,9 +34,9 @@ enum NonFinite : u32 { kSkip = 0, kZero = 1, kPropagate = 2 };
 // What the apply stage has to do with the gradients.
 enum Action : u32 {
   kKeep = 0,    // nothing is written
-  kScale = 1,   // x * clip_coef, every x finite
+  kScale = 1,   // x * multiplier, which is finite
   kClear = 2,   // +0 everywhere
-  kPoison = 3,  // x * clip_coef with a clip_coef or an x that is not finite: NaNs come out canonical
+  kPoison = 3,  // x * multiplier with a multiplier or an x that is not finite: NaNs come out canonical
 };
 
 struct TensorDesc {
@@ -68,6 +68,8 @@ struct ClipParams {
   double max_norm;
   const double* max_norm_at;  // if not null, where the threshold is instead: a captured graph can be given another one
   double eps;
+  double loss_scale;           // what the gradients are multiplied by as they come; 1 for none
+  const float* loss_scale_at;  // if not null, where it is instead
   u32 norm_type;
   u32 nonfinite;
 };
@@ -84,15 +86,18 @@ constexpr u64 kNoTile = ~0ull;
 
 // One call's result. It stays on the device until somebody asks.
 struct ReportSlot {
-  double total_norm;     // before clipping
-  double clip_coef;      // what the gradients were multiplied by; 1 when they were left alone
+  double total_norm;     // before clipping, without the loss scale
+  double clip_coef;      // what clipping asks for; 1 when that is nothing
+  double multiplier;     // what the gradients were multiplied by: clip_coef / loss_scale; 1 when they were left alone
   u64 first_bad_tile;    // lowest tile that holds a NaN or an Inf, or kNoTile
   u64 clipped_elements;  // value clipping
   u64 nan_elements;      // value clipping
-  float coef_hi;         // clip_coef rounded down to f32 ...
+  float multiplier_f32;  // multiplier rounded to nearest
+  float found_inf;       // 1 if total_norm is NaN or infinite, else 0: what fused optimizers take
+  float coef_hi;         // multiplier rounded down to f32 ...
   float coef_lo;         // ... and what that left over
   u32 action;
-  u32 reserved[3];
+  u32 reserved;
 };
 
 // A call with more than one norm. A group is what shares a norm: a tensor, several, or one row of one (rows being the

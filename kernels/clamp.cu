@@ -109,6 +109,9 @@ extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
   if (thread_index() == 0) {
     report->total_norm = 0.0;
     report->clip_coef = 1.0;
+    report->multiplier = 1.0;
+    report->multiplier_f32 = 1.0f;
+    report->found_inf = first_bad_tile == kNoTile ? 0.0f : 1.0f;
     report->coef_hi = 1.0f;
     report->coef_lo = 0.0f;
     report->first_bad_tile = first_bad_tile;

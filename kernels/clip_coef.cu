@@ -1,7 +1,8 @@
-// Stage 2: the partials to the norm, the norm to the coefficient, on the device.
+// Stage 2: the partials to the norm, the norm to the coefficient, on the device. Or a norm that the caller has to the
+// coefficient (clip_coef_of_norm).
 //
-//   launch   one block of kFoldThreads
-//   reads    8 bytes a tile (12 in a list with f64); writes one ReportSlot
+//   launch   one block of kFoldThreads; clip_coef_of_norm: one warp
+//   reads    8 bytes a tile (12 in a list with f64), or one norm; writes one ReportSlot
 //   empty    no tiles: the norm is 0 and nothing is clipped
 //   NaN/Inf  the norm is NaN if any element is, else Inf; what happens then is the caller's choice (NonFinite)
 #include "decide.cuh"
@@ -30,4 +31,18 @@ extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
     report->nan_elements = 0;
     decide(params, threshold_of(params), norm_of(norm_type, total), report);
   }
+}
+
+extern "C" __global__ void __launch_bounds__(gradclip::kWarpThreads)
+    clip_coef_of_norm(double total_norm, const double* total_norm_at, gradclip::ClipParams params,
+                      gradclip::ReportSlot* report) {
+  using namespace gradclip;
+  if (thread_index() > 0) return;
+  if (total_norm_at) total_norm = *total_norm_at;
+  // The host refuses a negative norm; on the device it is NaN. -0 counts as 0.
+  total_norm = total_norm < 0.0 ? f64_from_bits(kNaN64) : add(total_norm, 0.0);
+  report->first_bad_tile = kNoTile;
+  report->clipped_elements = 0;
+  report->nan_elements = 0;
+  decide(params, threshold_of(params), total_norm, report);
 }

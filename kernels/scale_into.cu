@@ -1,9 +1,9 @@
-// Stage 3, norm clipping out of place: x * clip_coef, to an output of the gradient's own type or of f32.
+// Stage 3, norm clipping out of place: x * multiplier, to an output of the gradient's own type or of f32.
 //
 //   launch   any number of blocks of kTileThreads
 //   reads    one ReportSlot a block; each gradient once. Writes each output once: also where nothing is clipped, x then.
 //            Nothing at all when the norm is not finite and the policy is to skip
-//   rounding once, to the type of the output: within one unit in its last place of x * clip_coef, for every finite x
+//   rounding once, to the type of the output: within one unit in its last place of x * multiplier, for every finite x
 //   twin     src/cpu/scale_into.rs
 #include "elementwise_into.cuh"
 #include "product.cuh"
@@ -21,7 +21,7 @@ template <class In, class Out>
 __device__ __forceinline__ void scale_tile_into(const TensorDesc& desc, u32 tile, u64 output,
                                                 const ReportSlot& report) {
   if (takes_split_scale(report)) {
-    map_tile_into<In, Out>(desc, tile, output, split_scale<In, Out>(report));
+    map_tile_into<In, Out>(desc, tile, output, split_scale<In, Out, false>(report));
   } else {
     map_singles_into<In, Out>(desc, tile, output, wide_scale<In, Out>(report));
   }

@@ -170,6 +170,6 @@ extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::k
   for (u32 tile = block_index(); tile < num_tiles; tile += grid_blocks()) {
     const Row row = find_row(table, tile);
     const ReportSlot decided = reports[row.group];
-    if (decided.action != kKeep) scale_tile_of(row.desc, tile, decided);
+    if (decided.action != kKeep) scale_tile_of<false>(row.desc, tile, decided);
   }
 }

@@ -56,8 +56,8 @@ def add_venv_option(parser):
                         help="where the compilers are installed (default: cuda-packages below the target folder)")
 
 
-def install(packages, venvs):
-    """The folder `nvidia` of an environment that holds exactly `packages`, which it makes where there is none."""
+def environment(packages, venvs):
+    """The folder of an environment that holds exactly `packages`, which it makes where there is none."""
     home = venvs.resolve() / packages[0].replace("==", "-")
     stamp = home / "installed.txt"
     wanted = "\n".join(packages)
@@ -71,6 +71,12 @@ def install(packages, venvs):
             fail(f"could not install {', '.join(packages)} (exit status {error.returncode}). It takes network access, "
                  "Python with venv and pip (Debian: python3-venv), and 64-bit Linux.")
         stamp.write_text(wanted)
+    return home
+
+
+def install(packages, venvs):
+    """The folder `nvidia` of such an environment."""
+    home = environment(packages, venvs)
     found = sorted(home.glob("lib/python3*/site-packages/nvidia"))
     if not found:
         fail(f"{home} does not hold {', '.join(packages)}; remove that folder and run again")

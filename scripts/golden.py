@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write tests/golden: clipping cases with answers from oracles that are not this crate.
 
-Three oracles: PyTorch's `clip_grad_norm_`, `get_total_norm` and `clip_grad_value_` on the CPU; optax's
+Three oracles: PyTorch's `clip_grad_norm_`, `get_total_norm`, `clip_grads_with_norm_`, `clip_grad_value_` and
+`torch.amp.GradScaler` on the CPU; optax's
 `clip_by_global_norm`, `clip` and `tree.norm`; and exact arithmetic: Python integers, rounded once at the end.
 Exact arithmetic says what is true, the peers say what their users are used to. Where a peer is not within a few
 units in the last place of the truth, its case says so in words.
@@ -21,14 +22,14 @@ peers are held to one core (on Linux) and, on x86-64, to AVX2. The versions are 
 # Format
 
 Each file is `{"generator": {...versions}, "cases": [...]}`, one case per line. Every case has every key; a key that
-does not apply is null.
+does not apply is null. (The last three of the table are in the cases of `loss_scale.json` and `given_norm.json` only.)
 
 | key | meaning |
 |---|---|
 | `name` | unique within all files: `case/norm/peer`, or `case/value/peer` |
 | `source` | where the case comes from |
 | `peer` | `torch`, `optax` or `exact` (no peer was asked) |
-| `op` | `clip_grad_norm`, `clip_grad_value` or `total_norm` |
+| `op` | `clip_grad_norm`, `clip_grad_value`, `total_norm` or `clip_with_norm` |
 | `max_norm` | the threshold of `clip_grad_norm` |
 | `norm_type` | `1`, `2` or `inf`; in `other_orders.json` also `0.5`, `1.5`, `4`; null for `clip_grad_value` |
 | `eps` | added to the norm in the denominator: 1e-6 for torch, 0 for optax and exact; `clip_grad_norm` only |
@@ -39,6 +40,9 @@ does not apply is null.
 | `peer_grads` | the peer's output: one string of values per tensor; null if it raised or returned none |
 | `exact_grads` | the true output, laid out the same; see below |
 | `peer_differs` | null, or a sentence: which peer differs from the exact truth, and how |
+| `loss_scale` | S: `grads` are gradients times S, and `clip_grad_norm` also divides by it |
+| `peer_found_inf` | what `GradScaler` found while it unscaled `grads` |
+| `total_norm` | the norm that `clip_with_norm` is given |
 
 A single number (`max_norm`, `eps`, `lo`, `hi`, the norms) is the bits of an f64 as 16 hex digits, NaN always
 7ff8000000000000. Values of a tensor are the raw bits of its elements one after the other, big-endian hex, 8 digits
@@ -57,6 +61,11 @@ but the norm is beyond the largest f64.
 - `clip_grad_norm`: if N + eps > max_norm (as real numbers), each element is x * c rounded to its dtype, where c is
   max_norm / (N + eps) rounded to f64 (once: the sum is not rounded first). A zero keeps its sign. Otherwise every
   element keeps its bits. Null when N is not finite, and when the threshold is negative or NaN.
+- `clip_grad_norm` with a `loss_scale` S: `exact_norm` is N, the true norm over S, rounded to f64 before and after the
+  division. With c as above, or 1 if nothing is clipped, each element is x * m rounded to its dtype, where m is c / S
+  rounded to f64. Torch is `GradScaler.unscale_`, then `clip_grad_norm_`.
+- `clip_with_norm`: as `clip_grad_norm`, N being the `total_norm` that is given. An element that is not finite is
+  multiplied too. Torch is `clip_grads_with_norm_`.
 - `clip_grad_value`: the bounds are first rounded to the dtype; a finite bound beyond the dtype's largest finite
   value becomes that value. Then an element below lo becomes lo, one above hi becomes hi, and any other, NaN
   included, keeps its bits. Null when a bound is NaN or lo > hi.
@@ -108,7 +117,7 @@ TOLERANCE_ULPS = 4
 
 TORCH_EPS = 1e-6  # the constant inside clip_grad_norm_
 
-SIZE_LIMIT = 1_500_000  # bytes, all files together
+SIZE_LIMIT = 1_600_000  # bytes, all files together
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -361,6 +370,37 @@ def exact_clip_norm(grads, norm_bits, max_norm, eps):
     return [[scaled(g.fmt, b, c_m, c_e) for b in g.bits] for g in grads]
 
 
+def exact_unscale_and_clip_norm(grads, norm_bits, max_norm, eps, loss_scale):
+    """The unscaled norm as bits, and the table values; None where there is no right answer."""
+    if not math.isfinite(float64(norm_bits)):
+        return norm_bits, None
+    norm_bits = from_float(F64, Fraction(float64(norm_bits)) / Fraction(loss_scale))
+    norm, c = Fraction(float64(norm_bits)), Fraction(1)
+    if max_norm != math.inf and norm + Fraction(eps) > Fraction(max_norm):
+        c = Fraction(float64(from_float(F64, Fraction(max_norm) / (norm + Fraction(eps)))))
+    _, m, e = decode(F64, from_float(F64, c / Fraction(loss_scale)))
+    return norm_bits, [[scaled(g.fmt, b, m, e) for b in g.bits] for g in grads]
+
+
+def exact_clip_with_norm(grads, total_norm, max_norm, eps):
+    if not math.isfinite(total_norm) or not max_norm >= 0:
+        return None
+    if max_norm == math.inf or Fraction(total_norm) + Fraction(eps) <= Fraction(max_norm):
+        return [list(g.bits) for g in grads]
+    c = from_float(F64, Fraction(max_norm) / (Fraction(total_norm) + Fraction(eps)))
+    _, m, e = decode(F64, c)
+    any_scaled = lambda fmt, b: scaled(fmt, b, m, e) if is_finite(fmt, b) else nonfinite_times(fmt, b, float64(c))
+    return [[any_scaled(g.fmt, b) for b in g.bits] for g in grads]
+
+
+def is_finite(fmt, bits):
+    return bits & (fmt.sign_bit - 1) < fmt.inf
+
+
+def nonfinite_times(fmt, bits, c):
+    return bits if is_inf(fmt, bits) and c > 0 else from_float(fmt, math.nan)
+
+
 def scaled(fmt, bits, c_m, c_e):
     negative, m, e = decode(fmt, bits)
     return round_ratio(fmt, negative, m * c_m, 1, e + c_e)
@@ -430,6 +470,25 @@ def torch_clip_norm(grads, max_norm, norm_type):
     return norm.item(), [from_torch(g, p.grad) for g, p in zip(grads, parameters)]
 
 
+def torch_unscale_and_clip_norm(grads, max_norm, norm_type, loss_scale):
+    parameters = torch_parameters(grads)
+    scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
+    scaler.scale(torch.zeros(1))  # makes the scale tensor
+    optimizer = torch.optim.SGD(parameters)
+    # As unscale_ does, which refuses f16 gradients; sharded training calls this with f16 allowed.
+    inv_scale, found_inf = scaler._scale.double().reciprocal().float(), torch.zeros(())
+    found = scaler._unscale_grads_(optimizer, inv_scale, found_inf, True)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, float(norm_type))
+    out = [from_torch(g, p.grad) for g, p in zip(grads, parameters)]
+    return norm.item(), out, any(bool(f) for f in found.values())
+
+
+def torch_clip_with_norm(grads, max_norm, total_norm):
+    parameters = torch_parameters(grads)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(total_norm, dtype=torch.float64))
+    return None, [from_torch(g, p.grad) for g, p in zip(grads, parameters)]
+
+
 def torch_clip_value(grads, lo, hi):
     assert lo == -hi or math.isnan(hi), "torch takes one value for both bounds"
     parameters = torch_parameters(grads)
@@ -469,6 +528,7 @@ def optax_total_norm(grads, norm_type):
 
 ORACLES = {
     ("torch", "clip_grad_norm"): torch_clip_norm,
+    ("torch", "clip_with_norm"): torch_clip_with_norm,
     ("torch", "clip_grad_value"): torch_clip_value,
     ("torch", "total_norm"): torch_total_norm,
     ("optax", "clip_grad_norm"): optax_clip_norm,
@@ -574,7 +634,7 @@ def differences(peer, op, grads, answer, truth, legal):
     if norm is not None:
         parts.append(norm_difference(norm, true_norm, epsilon))
     if out is not None and true_out is not None:
-        tolerance = TOLERANCE_ULPS if op == "clip_grad_norm" else 0  # limiting a value involves no arithmetic
+        tolerance = 0 if op == "clip_grad_value" else TOLERANCE_ULPS  # limiting a value involves no arithmetic
         parts.append(grads_difference(grads, out, true_out, epsilon, tolerance))
     if out is not None and not legal:
         parts.append(threshold_difference(grads, out))
@@ -632,6 +692,43 @@ def clip_norm(name, source, grads, max_norm, norm_type="2", peers=None):
         parameters = {"max_norm": max_norm, "norm_type": norm_type, "eps": eps}
         label = f"{name}/{norm_type}/{peer}"
         cases.append(case(label, source, peer, "clip_grad_norm", grads, answer, truth, max_norm >= 0, **parameters))
+    return cases
+
+
+def clip_scaled(name, grads, loss_scale, max_norm, norm_type="2", peers=("torch",)):
+    """Gradients that are multiplied by a loss scale: unscaled and clipped."""
+    max_norm, loss_scale = float(max_norm), float(loss_scale)
+    norm_bits = exact_norm(grads, norm_type)
+    cases = []
+    for peer in peers:
+        eps = TORCH_EPS if peer == "torch" else 0.0
+        true_bits, out = exact_unscale_and_clip_norm(grads, norm_bits, max_norm, eps, loss_scale)
+        answer, found = (None, None, None), None
+        if peer == "torch":
+            try:
+                *answer, found = torch_unscale_and_clip_norm(grads, max_norm, norm_type, loss_scale)
+                answer = *answer, None
+            except Exception as error:
+                answer = None, None, f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        truth = float64(true_bits), out
+        parameters = {"max_norm": max_norm, "norm_type": norm_type, "eps": eps}
+        label = f"{name}/{norm_type}/{peer}"
+        written = case(label, "mixed precision", peer, "clip_grad_norm", grads, answer, truth, **parameters)
+        cases.append(written | {"loss_scale": hex64(loss_scale), "peer_found_inf": found})
+    return cases
+
+
+def clip_with_norm(name, grads, given, max_norm):
+    """Clipping by a norm that is given."""
+    max_norm, given = float(max_norm), float(given)
+    cases = []
+    for peer in ("torch", "exact") if given == 2 else ("torch",):
+        eps = TORCH_EPS if peer == "torch" else 0.0
+        truth = given, exact_clip_with_norm(grads, given, max_norm, eps)
+        answer = ask(peer, "clip_with_norm", grads, max_norm, given)
+        parameters = {"max_norm": max_norm, "eps": eps}
+        written = case(f"{name}/given/{peer}", EDGE, peer, "clip_with_norm", grads, answer, truth, **parameters)
+        cases.append(written | {"total_norm": hex64(given)})
     return cases
 
 
@@ -1135,6 +1232,49 @@ def invalid_threshold_cases():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# loss_scale.json, given_norm.json
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def loss_scale_cases():
+    for dtypes in [(d,) for d in ALL_DTYPES] + [ALL_DTYPES]:
+        name = "_".join(dtypes)
+        rng = random.Random(f"loss scale {name}")
+        grads = [lognormal_grad(rng, d, n) for n in (1, 9) for d in dtypes]
+        norm = float64(exact_norm(grads, "2"))
+        for scale in (1, 65536, 1000, 0.125):
+            for what, max_norm in (("clipped", norm / scale / 3), ("within", norm / scale * 3), ("inf", math.inf)):
+                peers = ("torch", "exact") if what == "clipped" else ("torch",)
+                yield from clip_scaled(f"scale_{scale}_{what}_{name}", grads, scale, max_norm, peers=peers)
+    for norm in NORMS:
+        yield from clip_scaled("scale_orders", [grad("f32", [3072, -4096]), grad("f16", [0.0, 512])], 1024, 2, norm)
+    for dtype in ALL_DTYPES:
+        zero, empty = grad(dtype, [0.0, -0.0]), raw(dtype, [])
+        yield from clip_scaled(f"scale_zero_{dtype}", [zero, empty], 65536, 1)
+        yield from clip_scaled(f"scale_max_0_{dtype}", [grad(dtype, [3, -4]), zero], 2, 0)
+        # Ends of the dtype: what a large scale loses, and what a small one makes too large.
+        ends = raw(dtype, [1, 2, 3, FORMATS[dtype].sign_bit | 5, FORMATS[dtype].inf - 1])
+        for scale in (65536, 3) if dtype == "f64" else (65536, 3, 0.5):
+            yield from clip_scaled(f"scale_{scale}_ends_{dtype}", [ends], scale, math.inf)
+        for special in (math.nan, math.inf, -math.inf):
+            grads = [grad(dtype, [1, 2]), grad(dtype, [3, special])]
+            for what, max_norm in (("max_1", 1), ("max_inf", math.inf)):
+                yield from clip_scaled(f"scale_1024_{special}_{what}_{dtype}", grads, 1024, max_norm)
+
+
+def given_norm_cases():
+    for dtype in ALL_DTYPES:
+        rng = random.Random(f"given norm {dtype}")
+        grads = [normal_grad(rng, dtype, 9), raw(dtype, []), grad(dtype, [0.0, -0.0])]
+        special = [grad(dtype, [1, math.nan, -2, math.inf, -math.inf, 0.0]), grad(dtype, [-3])]
+        for what, values in (("normal", grads), ("special", special)):
+            for given in (0, 0.5, 1, 2, 10, 1e30, math.inf, math.nan):
+                yield from clip_with_norm(f"given_{given}_{what}_{dtype}", values, given, 1)
+            yield from clip_with_norm(f"given_5_max_0_{what}_{dtype}", values, 5, 0)
+            yield from clip_with_norm(f"given_5_max_inf_{what}_{dtype}", values, 5, math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Output
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1144,6 +1284,8 @@ FILES = {
     "value.json": (value_cases, "value clipping: special values, bounds, random lists"),
     "random.json": (random_cases, "random lists of one and of mixed dtypes, odd sizes, all bit patterns"),
     "other_orders.json": (other_order_cases, "norms of order 0.5, 1.5 and 4"),
+    "loss_scale.json": (loss_scale_cases, "clipping by norm with a loss scale to remove"),
+    "given_norm.json": (given_norm_cases, "clipping by a norm that is given"),
     "invalid_thresholds.json": (invalid_threshold_cases, "negative and NaN thresholds, crossed bounds"),
 }
 

@@ -35,7 +35,8 @@ SLOW = {r"^\s*\.local\b|\b(ld|st)\.local\b": "uses local memory"}
 WIDE_LOAD = r"\bld\.global\S*\.v4\."
 WIDE_STORE = r"\bst\.global\S*\.v4\."
 # The kernels that walk tensors, and what each of them must have.
-WALKERS = {r"(norm|scoped)_partials_\w+": (WIDE_LOAD,), r"(scoped_)?scale|scale_into|clamp": (WIDE_LOAD, WIDE_STORE)}
+WALKERS = {r"(norm|scoped)_partials_\w+": (WIDE_LOAD,),
+           r"(scoped_)?scale(_any)?|scale_into|clamp": (WIDE_LOAD, WIDE_STORE)}
 
 # A thread has 8 loads in flight before it uses the first: once in the code of each of the 4 dtypes.
 BATCH = 8

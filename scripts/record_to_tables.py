@@ -1,18 +1,15 @@
 #!/usr/bin/env python3
 """Tables of a record of benches/torch_gpu.py: the bars that the crate sets itself, and the lists.
 
-    scripts/record_to_tables.py RECORD.csv                             both, to the standard output
-    scripts/record_to_tables.py RECORD.csv --write docs/performance.md
+    scripts/record_to_tables.py RECORD.csv
 
---write replaces what stands between the lines `<!-- gpu-bars:begin -->` and `<!-- gpu-bars:end -->`, and the same with
-`gpu-lists`, in each file that is named.
+To have them in the pages, commit the record to benches/record and run scripts/figures.py.
 
 Each list was measured before PyTorch and after it; the slower of the two is what counts here.
 """
 
 import argparse
 import csv
-import re
 import sys
 from pathlib import Path
 
@@ -23,25 +20,31 @@ VALUE = ("value; 0 % outside", "value; 1 % outside", "value; 100 % outside")
 
 
 class Record:
+    """Of a GPU, or of a CPU: that has neither modes nor caches."""
+
     def __init__(self, rows):
-        self.rows = rows
-        self.run = {column: rows[0][column] for column in ("gpu", "driver", "date", "commit")}
+        self.run = rows[0]
         self.lists = list(dict.fromkeys((row["list"], row["dtype"]) for row in rows))
-        self.size = {(row["list"], row["dtype"]): int(row["bytes"]) for row in rows}
+        self.size = {(row["list"], row["dtype"]): int(row.get("bytes") or 0) for row in rows}
+        self.rows = {}
+        for row in rows:
+            names = ("list", "dtype", "op", "implementation", "mode", "cache")
+            usual = {"mode": "eager", "cache": "warm"}
+            self.rows.setdefault(tuple(row.get(name, usual.get(name)) for name in names), []).append(row)
 
     def worst(self, key, op, implementation, column="median_us", mode="eager", cache="warm", worst=max):
         """The value of that column, of two passes the worse one; None where there is none."""
-        wanted = (*key, op, implementation, mode, cache)
-        names = ("list", "dtype", "op", "implementation", "mode", "cache")
-        found = [float(row[column]) for row in self.rows
-                 if tuple(row[name] for name in names) == wanted and row[column] not in ("", None)]
+        rows = self.rows.get((*key, op, implementation, mode, cache), [])
+        found = [float(row[column]) for row in rows if row.get(column)]
         return worst(found) if found else None
 
     def ours(self, key, op, column="median_us", **how):
         return self.worst(key, op, "gradclip", column, **how)
 
     def torch(self, key, op, column="median_us", **how):
-        return self.worst(key, op, "torch", column, worst=min, **how)
+        """Of its ways to do it, the quickest."""
+        found = [self.worst(key, op, way, column, worst=min, **how) for way in ("torch", "torch foreach=False")]
+        return min((time for time in found if time is not None), default=None)
 
     def ratio(self, key, op):
         return self.worst(key, op, "gradclip", "ratio", worst=min)
@@ -122,29 +125,17 @@ def lists_table(record):
     return "\n".join(lines)
 
 
-def write(path, tables):
-    text = path.read_text()
-    for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
-    path.write_text(text)
+def read(path):
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return Record(rows) if rows else sys.exit(f"{path} holds no rows")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
-    parser.add_argument("--write", type=Path, nargs="+", default=[], help="files to write the tables into")
-    args = parser.parse_args()
-    with args.record.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        sys.exit(f"{args.record} holds no rows")
-    record = Record(rows)
-    tables = {"gpu-bars": bars_table(record), "gpu-lists": lists_table(record)}
-    for path in args.write:
-        write(path, tables)
-    if not args.write:
-        print("\n\n".join(tables.values()))
+    record = read(parser.parse_args().record)
+    print(f"{bars_table(record)}\n\n{lists_table(record)}")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ pub const NO_TILE: u64 = u64::MAX;
 pub mod action {
     /// Nothing is written.
     pub const KEEP: u32 = 0;
-    /// `x * clip_coef`, every x finite.
+    /// `x * multiplier`, which is finite.
     pub const SCALE: u32 = 1;
     /// +0 everywhere.
     pub const CLEAR: u32 = 2;
-    /// `x * clip_coef` where one of them is not finite.
+    /// `x * multiplier` where one of them is not finite.
     pub const POISON: u32 = 3;
 }
 
@@ -96,6 +96,10 @@ pub struct ClipParams {
     pub max_norm_at: u64,
     /// Added to the norm in the quotient.
     pub eps: f64,
+    /// What the gradients are multiplied by as they come.
+    pub loss_scale: f64,
+    /// If not 0, the device address of the loss scale, an f32, to take instead.
+    pub loss_scale_at: u64,
     /// A [`NormType`](crate::NormType).
     pub norm_type: u32,
     /// One of [`nonfinite`].
@@ -121,24 +125,30 @@ pub struct ClampBounds {
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct ReportSlot {
-    /// Norm before clipping.
+    /// Norm before clipping, without the loss scale.
     pub total_norm: f64,
-    /// What the gradients were multiplied by.
+    /// What clipping asks for.
     pub clip_coef: f64,
+    /// What the gradients were multiplied by.
+    pub multiplier: f64,
     /// Lowest tile with a NaN or an Inf, or [`NO_TILE`].
     pub first_bad_tile: u64,
     /// Value clipping: elements that were outside.
     pub clipped_elements: u64,
     /// Value clipping: NaNs.
     pub nan_elements: u64,
-    /// `clip_coef` in f32, rounded down.
+    /// `multiplier` in f32, rounded to nearest.
+    pub multiplier_f32: f32,
+    /// 1 if `total_norm` is NaN or infinite, else 0.
+    pub found_inf: f32,
+    /// `multiplier` in f32, rounded down.
     pub coef_hi: f32,
     /// What that left over.
     pub coef_lo: f32,
     /// One of [`action`].
     pub action: u32,
     /// Room.
-    pub reserved: [u32; 3],
+    pub reserved: u32,
 }
 
 /// One tensor of a call with more than one norm. A group is what shares a norm: a tensor, several, or one row of one. The

@@ -9,7 +9,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A threshold that is negative or NaN (`max_norm`, `eps`, a clip value).
+    /// A threshold that is negative or NaN (`max_norm`, `eps`, a clip value, a norm that is given), or a loss scale that
+    /// is no positive number.
     #[error("{name} must be {expected}, got {got}")]
     InvalidThreshold {
         /// Which option.
@@ -19,9 +20,13 @@ pub enum Error {
         /// What was given.
         got: f64,
     },
-    /// A threshold by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at)) that cannot be read.
-    #[error("the address of max_norm, {address:#x}, {reason}")]
+    /// A threshold, loss scale or norm by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at),
+    /// [`ClipNorm::loss_scale_at`](crate::ClipNorm::loss_scale_at), [`TotalNorm::at`](crate::TotalNorm::at)) that cannot
+    /// be read.
+    #[error("the address of {name}, {address:#x}, {reason}")]
     ThresholdAddress {
+        /// What lies there.
+        name: &'static str,
         /// The address given.
         address: u64,
         /// What is wrong with it.
@@ -228,6 +233,12 @@ pub enum Error {
     /// The report of a call that was captured into a graph, before the graph has run.
     #[error("the call was captured into a graph that has not run yet; launch the graph before its report is read")]
     ReportNotReady,
+    /// A norm that `clip_with_norm` was given as the report of another call, and that it cannot read on the device.
+    #[error("the given norm {reason}")]
+    NormOutOfReach {
+        /// Why not, and what to do.
+        reason: &'static str,
+    },
     /// Every report slot for captured calls is taken: [`REPORTS_KEPT`](crate::REPORTS_KEPT) calls of the same clipper
     /// were captured.
     #[error("all {} report slots are held by captured graphs; use another clipper", crate::REPORTS_KEPT)]

@@ -140,6 +140,7 @@ mod plan;
 mod report;
 mod scope;
 mod scoped_plan;
+mod total_norm;
 mod value_bounds;
 
 pub use dtype::{Dtype, Element};
@@ -147,6 +148,7 @@ pub use error::{Error, Result};
 pub use options::{ClipNorm, ClipValue, NonFinite, NormType};
 pub use report::{NormReport, Report, ValueReport};
 pub use scope::{Scope, ScopedReport, TensorStats};
+pub use total_norm::TotalNorm;
 
 /// Reports of past calls that a CUDA clipper keeps on the device.
 pub const REPORTS_KEPT: usize = 256;

@@ -53,6 +53,9 @@ pub struct ClipNorm {
     pub(crate) max_norm_at: u64,
     pub(crate) norm_type: NormType,
     pub(crate) eps: f64,
+    pub(crate) loss_scale: f64,
+    /// Device address of the loss scale, if not 0.
+    pub(crate) loss_scale_at: u64,
     pub(crate) nonfinite: NonFinite,
 }
 
@@ -67,7 +70,15 @@ impl ClipNorm {
         // A threshold of -0 is 0: the sign would reach the gradients. (By its bits, as the caller may have unmasked the
         // exceptions of arithmetic.)
         let max_norm = if max_norm.to_bits() == (-0.0f64).to_bits() { 0.0 } else { max_norm };
-        Self { max_norm, max_norm_at: 0, norm_type: NormType::L2, eps: 0.0, nonfinite: NonFinite::Skip }
+        Self {
+            max_norm,
+            max_norm_at: 0,
+            norm_type: NormType::L2,
+            eps: 0.0,
+            loss_scale: 1.0,
+            loss_scale_at: 0,
+            nonfinite: NonFinite::Skip,
+        }
     }
 
     /// [`new`](Self::new) with a `max_norm` that lies on the GPU, an f64 that is read when the work gets there: so a
@@ -106,6 +117,59 @@ impl ClipNorm {
         self.eps(Self::TORCH_EPS)
     }
 
+    /// The gradients are those of a loss that was multiplied by `loss_scale`, as in mixed-precision training: remove it
+    /// in the same call. `max_norm`, and the norm that is reported, are those of the unscaled gradients:
+    ///
+    /// ```text
+    /// total_norm = norm(gradients) / loss_scale
+    /// multiplier = clip_coef / loss_scale          clip_coef is 1 where nothing is clipped
+    /// ```
+    ///
+    /// Every gradient is multiplied by `multiplier`, once, also where nothing is clipped, unless it is 1: a loss scale of
+    /// 1 is the same as none. An infinite `max_norm` only removes the scale. A norm that is not finite is an overflow:
+    /// [`NonFinite`] says what becomes of the gradients ([`Skip`](NonFinite::Skip) leaves the scale in them), and
+    /// [`found_inf`](crate::NormReport::found_inf) is true, on a GPU without a wait
+    #[cfg_attr(feature = "cuda", doc = "([`found_inf_address`](crate::cuda::Pending::found_inf_address)).")]
+    #[cfg_attr(not(feature = "cuda"), doc = "(in the feature `cuda`).")]
+    ///
+    /// An unscaled f16 gradient can be too small for its type, which the loss scale was there to prevent: below 2^-24 it
+    /// becomes 0 or 2^-24. That is so wherever scales are removed from f16 in place.
+    ///
+    /// Zero, negative, subnormal, infinite or NaN is an error when it is used.
+    ///
+    /// ```
+    /// use gradclip::{cpu, ClipNorm};
+    /// let mut grads = [[3.0f32 * 1024.0, 4.0 * 1024.0]];
+    /// let report = cpu::clip_grad_norm(&mut grads, ClipNorm::new(2.5).loss_scale(1024.0))?;
+    /// assert_eq!((report.total_norm, report.clip_coef, report.multiplier), (5.0, 0.5, 0.5 / 1024.0));
+    /// assert_eq!(grads, [[1.5, 2.0]]);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    #[must_use]
+    pub const fn loss_scale(mut self, loss_scale: f64) -> Self {
+        self.loss_scale = loss_scale;
+        self.loss_scale_at = 0;
+        self
+    }
+
+    /// [`loss_scale`](Self::loss_scale) where it lies on the GPU, an f32 that is read when the work gets there: as the
+    /// loss scalers of PyTorch, Megatron and TransformerEngine keep it, and as a captured graph can be given another one.
+    /// The scale, not its inverse, which in f32 is rounded. CUDA only: gradients in host memory need it by value, and
+    /// say so.
+    ///
+    /// On the device nobody can be told of a loss scale that is zero, negative, infinite or NaN. The norm is NaN then:
+    /// an overflow was found, and what becomes of the gradients is [`NonFinite`]'s to say.
+    ///
+    /// # Safety
+    /// `address` is that of an f32 in memory of the clipper's device whenever work made with it runs, replays of a graph
+    /// included, and nothing writes it at that time unless the stream orders it.
+    #[must_use]
+    pub const unsafe fn loss_scale_at(mut self, address: u64) -> Self {
+        self.loss_scale = 1.0;
+        self.loss_scale_at = address;
+        self
+    }
+
     /// What to do when the norm is NaN or infinite.
     #[must_use]
     pub const fn nonfinite(mut self, nonfinite: NonFinite) -> Self {
@@ -124,7 +188,16 @@ impl ClipNorm {
         }
         if !self.max_norm_at.is_multiple_of(align_of::<f64>() as u64) {
             let reason = "is not a multiple of 8, as that of an f64 is";
-            return Err(Error::ThresholdAddress { address: self.max_norm_at, reason });
+            return Err(Error::ThresholdAddress { name: "max_norm", address: self.max_norm_at, reason });
+        }
+        // A subnormal one has no inverse in f64.
+        if !self.loss_scale.is_normal() || self.loss_scale < 0.0 {
+            let expected = "positive, finite and not subnormal";
+            return Err(Error::InvalidThreshold { name: "loss_scale", expected, got: self.loss_scale });
+        }
+        if !self.loss_scale_at.is_multiple_of(align_of::<f32>() as u64) {
+            let reason = "is not a multiple of 4, as that of an f32 is";
+            return Err(Error::ThresholdAddress { name: "loss_scale", address: self.loss_scale_at, reason });
         }
         if !self.eps.is_finite() || self.eps < 0.0 {
             return Err(Error::InvalidThreshold { name: "eps", expected: "finite and not negative", got: self.eps });
@@ -136,11 +209,12 @@ impl ClipNorm {
 impl ClipNorm {
     /// What a call on host memory has to check besides.
     pub(crate) fn refuse_device_threshold(&self) -> Result<()> {
-        if self.max_norm_at == 0 {
-            return Ok(());
-        }
         let reason = "can only be read on a GPU, and the gradients are in host memory";
-        Err(Error::ThresholdAddress { address: self.max_norm_at, reason })
+        match (self.max_norm_at, self.loss_scale_at) {
+            (0, 0) => Ok(()),
+            (0, address) => Err(Error::ThresholdAddress { name: "loss_scale", address, reason }),
+            (address, _) => Err(Error::ThresholdAddress { name: "max_norm", address, reason }),
+        }
     }
 }
 

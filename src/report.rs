@@ -2,14 +2,22 @@
 
 use crate::abi::{action, ReportSlot, NO_TILE};
 
-/// Result of [`clip_grad_norm`](crate::cpu::clip_grad_norm) or [`total_norm`](crate::cpu::total_norm).
+/// Result of [`clip_grad_norm`](crate::cpu::clip_grad_norm), [`clip_with_norm`](crate::cpu::clip_with_norm),
+/// [`clip_coef`](crate::cpu::clip_coef) or [`total_norm`](crate::cpu::total_norm).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct NormReport {
-    /// Norm over all gradients, before clipping. NaN if any element is NaN, else infinite if any is.
+    /// Norm over all gradients, before clipping. NaN if any element is NaN, else infinite if any is. With a
+    /// [`loss_scale`](crate::ClipNorm::loss_scale), that of the unscaled gradients.
     pub total_norm: f64,
-    /// What the gradients were multiplied by; 1 when they were left alone.
+    /// What clipping asks for: `max_norm / (total_norm + eps)`, or 1 where it asks for nothing. A policy may say
+    /// otherwise when the norm is not finite.
     pub clip_coef: f64,
+    /// What the gradients were multiplied by: `clip_coef`, over the loss scale if there is one; 1 when they were left
+    /// alone. For [`clip_coef`](crate::cpu::clip_coef), which writes nothing: what they are to be multiplied by.
+    pub multiplier: f64,
+    /// Whether the norm is NaN or infinite: an optimizer's step with these gradients is to be left out.
+    pub found_inf: bool,
     /// Whether the gradients were written.
     pub written: bool,
     /// Index of the first tensor that holds a NaN or an Inf.
@@ -65,6 +73,8 @@ impl Report for NormReport {
         Self {
             total_norm: slot.total_norm,
             clip_coef: slot.clip_coef,
+            multiplier: slot.multiplier,
+            found_inf: slot.found_inf != 0.0,
             written: slot.action != action::KEEP,
             first_nonfinite: first_nonfinite(slot, tensor_of),
         }

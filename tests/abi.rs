@@ -46,11 +46,23 @@ fn both_halves_of_the_abi_agree() {
     layout!(claims, TensorDesc { address, numel, first_tile, dtype });
     layout!(claims, TensorTable { num_tensors, in_memory, inline_tensors });
     layout!(claims, OutputDesc { address, dtype, reserved });
-    layout!(claims, ClipParams { max_norm, max_norm_at, eps, norm_type, nonfinite });
+    layout!(claims, ClipParams { max_norm, max_norm_at, eps, loss_scale, loss_scale_at, norm_type, nonfinite });
     layout!(claims, ClampBounds { lo_f64, hi_f64, lo_f32, hi_f32, lo_f16, hi_f16, lo_bf16, hi_bf16 });
     layout!(
         claims,
-        ReportSlot { total_norm, clip_coef, first_bad_tile, clipped_elements, nan_elements, coef_hi, coef_lo, action }
+        ReportSlot {
+            total_norm,
+            clip_coef,
+            multiplier,
+            first_bad_tile,
+            clipped_elements,
+            nan_elements,
+            multiplier_f32,
+            found_inf,
+            coef_hi,
+            coef_lo,
+            action
+        }
     );
     layout!(
         claims,

@@ -88,6 +88,63 @@ fn every_bf16_times_any_coefficient() {
     every_product_is_within_one_unit::<bf16>();
 }
 
+/// Multipliers as loss scales make them, on both sides of 1: usual ones, at the ends of what f32 can split, beyond f32.
+fn multipliers() -> Vec<f64> {
+    let ends = [2f64.powi(60), 2f64.powi(-60), 2f64.powi(127), 2f64.powi(-126)];
+    let around = ends.iter().flat_map(|x| [0.99999999, 1.0, 1.00000001, 1.3].map(|y| x * y));
+    let usual =
+        [1.0 / 65536.0, 1e-3, 1.0 / 3.0, 0.7, 1.5, 3.7, 1000.0, 1e10, 3.3e30, 3.4e38, 1e40, 1e200, 2f64.powi(1021)];
+    usual.into_iter().chain(around).collect()
+}
+
+/// Every finite f16 or bf16, or as many f32 and f64, by every multiplier. Only removes a scale: `max_norm` is infinite.
+fn every_product_of_a_loss_scale<T: Float>(before: &[T])
+where
+    Vec<T>: AsGradMut,
+{
+    for multiplier in multipliers() {
+        let mut after = [before.to_vec()];
+        let clip = ClipNorm::new(f64::INFINITY).norm_type(NormType::Inf).loss_scale(1.0 / multiplier);
+        let report = cpu::clip_grad_norm(&mut after, clip).unwrap();
+        if report.found_inf {
+            continue; // of f64: the unscaled norm overflows
+        }
+        assert!((report.multiplier / multiplier - 1.0).abs() < 1e-15 && report.clip_coef == 1.0, "{report:?}");
+        for (x, got) in before.iter().zip(&after[0]) {
+            let exact = product(T::FORMAT, x.bits(), report.multiplier);
+            let nearest = T::of_bits(T::FORMAT.nearest(&exact));
+            let sign_kept = (got.bits() ^ x.bits()) & T::FORMAT.sign_bit() == 0;
+            assert!(
+                within_one_unit(T::FORMAT, &exact, got.bits()) && sign_kept,
+                "{x:?} * {multiplier:e} is {got:?}, not {nearest:?}"
+            );
+        }
+        // The same products of gradients that nobody looked at before, with NaN and Inf among them.
+        let specials = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN].map(T::nearest);
+        let mut any = [[before, &specials].concat()];
+        cpu::clip_with_norm(&mut any, 1.0, clip).unwrap();
+        let (finite, special) = any[0].split_at(before.len());
+        assert!(finite.iter().zip(&after[0]).all(|(a, b)| a.bits() == b.bits()), "{multiplier:e}");
+        assert!(special.iter().zip(&specials).all(|(a, b)| a.bits() == b.bits()), "{multiplier:e}: {special:?}");
+    }
+}
+
+#[test]
+fn every_f16_and_bf16_without_its_loss_scale() {
+    every_product_of_a_loss_scale(&all_finite::<f16>());
+    every_product_of_a_loss_scale(&all_finite::<bf16>());
+}
+
+/// One pattern in 40,503 of f32, and of f64 the same exponents and more.
+#[test]
+fn many_f32_and_f64_without_their_loss_scale() {
+    let patterns = |step: u64, count: u64| (0..count).map(move |i| i.wrapping_mul(step));
+    let f32s = patterns(40_503, (1 << 32) / 40_503).map(f32::of_bits);
+    every_product_of_a_loss_scale(&f32s.filter(|x| x.is_finite()).collect::<Vec<_>>());
+    let f64s = patterns(0x9e37_79b9_7f4a_7c15, 50_000).map(f64::of_bits);
+    every_product_of_a_loss_scale(&f64s.filter(|x| x.abs() < 1e100).collect::<Vec<_>>());
+}
+
 /// Powers of two leave nothing to round but what leaves the normal range, and half of that are ties.
 fn powers_of_two_are_rounded_to_nearest_even<T: Float>()
 where

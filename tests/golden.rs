@@ -17,7 +17,15 @@ use gradclip::{cpu, Error};
 use std::collections::BTreeMap;
 
 /// The files read here. `other_orders.json` waits for norms of other orders.
-const FILES: [&str; 5] = ["published.json", "edges.json", "value.json", "random.json", "invalid_thresholds.json"];
+const FILES: [&str; 7] = [
+    "published.json",
+    "edges.json",
+    "value.json",
+    "random.json",
+    "loss_scale.json",
+    "given_norm.json",
+    "invalid_thresholds.json",
+];
 const NOT_YET: [&str; 1] = ["other_orders.json"];
 
 fn run(case: &Case) -> Outcome {
@@ -25,6 +33,9 @@ fn run(case: &Case) -> Outcome {
     let answer = match case.op {
         Op::TotalNorm(norm_type) => cpu::total_norm(&grads, norm_type).map(Answer::Norm),
         Op::ClipNorm { .. } => cpu::clip_grad_norm(&mut grads, case.clip_norm().unwrap()).map(Answer::Norm),
+        Op::ClipWithNorm { total_norm, .. } => {
+            cpu::clip_with_norm(&mut grads, total_norm, case.clip_norm().unwrap()).map(Answer::Norm)
+        }
         Op::ClipValue { .. } => cpu::clip_grad_value(&mut grads, case.clip_value().unwrap()).map(Answer::Value),
     };
     Outcome { answer, grads }
@@ -48,6 +59,16 @@ fn values_and_bounds() {
 #[test]
 fn random_lists() {
     check("random.json", run);
+}
+
+#[test]
+fn loss_scales() {
+    check("loss_scale.json", run);
+}
+
+#[test]
+fn given_norms() {
+    check("given_norm.json", run);
 }
 
 #[test]
@@ -86,8 +107,12 @@ fn no_case_is_missed() {
 #[test]
 fn the_oracle_of_these_tests_agrees() {
     for Golden { case, exact_norm, .. } in FILES.into_iter().flat_map(read) {
-        let (Op::TotalNorm(norm_type) | Op::ClipNorm { norm_type, .. }) = case.op else { continue };
-        let (ours, theirs) = (exact::total_norm(&case.grads, norm_type), exact_norm.unwrap());
+        let (norm_type, loss_scale) = match case.op {
+            Op::TotalNorm(norm_type) => (norm_type, 1.0),
+            Op::ClipNorm { norm_type, loss_scale, .. } => (norm_type, loss_scale),
+            _ => continue,
+        };
+        let (ours, theirs) = (exact::total_norm(&case.grads, norm_type) / loss_scale, exact_norm.unwrap());
         assert!(ours == theirs || (ours.is_nan() && theirs.is_nan()), "{}: {ours:e}, {theirs:e}", case.name);
     }
 }
@@ -141,6 +166,10 @@ mod a_wrong_back_end_is_noticed {
         assert!(noticed("edges.json", change_norm(|report| report.clip_coef *= 1.0 + 1e-15)));
         assert!(noticed("edges.json", change_norm(|report| report.written = false)));
         assert!(noticed("edges.json", change_norm(|report| report.first_nonfinite = None)));
+        assert!(noticed("loss_scale.json", change_norm(|report| report.multiplier = report.clip_coef)));
+        assert!(noticed("loss_scale.json", change_norm(|report| report.found_inf = !report.found_inf)));
+        assert!(noticed("loss_scale.json", change_norm(|report| report.total_norm *= 2.0)));
+        assert!(noticed("given_norm.json", change_norm(|report| report.first_nonfinite = Some(0))));
         assert!(noticed("value.json", change_value(|report| report.clipped += report.nan)));
         assert!(noticed("value.json", change_value(|report| report.nan = 0)));
         assert!(noticed("value.json", change_value(|report| report.written = true)));
@@ -150,6 +179,8 @@ mod a_wrong_back_end_is_noticed {
     #[test]
     fn gradients() {
         assert!(noticed("published.json", move_elements(2)));
+        assert!(noticed("loss_scale.json", move_elements(2)));
+        assert!(noticed("given_norm.json", move_elements(2)));
         assert!(noticed("value.json", move_elements(1)));
         assert!(noticed("edges.json", |case, outcome| outcome.grads.clone_from(&case.grads)));
         assert!(noticed("edges.json", |case, outcome| {

@@ -8,7 +8,7 @@ mod data;
 mod support;
 
 use data::{bits, Source, Tensor, Values, DTYPES};
-use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormType};
+use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType};
 use support::runner::{self, Case, Operation, Runner};
 
 fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
@@ -64,9 +64,23 @@ fn lists() -> Vec<Vec<Tensor>> {
 struct Expected {
     norm: u64,
     coef: u64,
+    multiplier: u64,
+    found_inf: bool,
     tensors: Vec<Vec<u64>>,
     clipped: u64,
     nan: u64,
+}
+
+fn expected_of(report: &NormReport, tensors: &[Tensor]) -> Expected {
+    Expected {
+        norm: report.total_norm.to_bits(),
+        coef: report.clip_coef.to_bits(),
+        multiplier: report.multiplier.to_bits(),
+        found_inf: report.found_inf,
+        tensors: bits(tensors),
+        clipped: 0,
+        nan: 0,
+    }
 }
 
 #[test]
@@ -79,7 +93,8 @@ fn kernels_and_cpu_path_agree() {
         let tensors: Vec<_> = list.iter().map(runner_tensor).collect();
         for (variant, norm_type) in [NormType::L1, NormType::L2, NormType::Inf].into_iter().enumerate() {
             let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
-            let clip = ClipNorm::new(1e-3).norm_type(norm_type).nonfinite(policy);
+            let loss_scale = [1.0, 1024.0, 0.3][index % 3];
+            let clip = ClipNorm::new(1e-3).norm_type(norm_type).loss_scale(loss_scale).nonfinite(policy);
             let mut clipped = list.clone();
             let report = cpu::clip_grad_norm(&mut clipped, clip).unwrap();
             cases.push(Case {
@@ -87,6 +102,7 @@ fn kernels_and_cpu_path_agree() {
                 operation: Operation::ClipNorm {
                     max_norm: 1e-3,
                     eps: 0.0,
+                    loss_scale,
                     norm_type: norm_type as u32,
                     nonfinite: ((index + variant) % 3) as u32,
                 },
@@ -95,15 +111,25 @@ fn kernels_and_cpu_path_agree() {
                 blocks: 1 + 2 * (index as u32 % 2),
                 reversed: (index + variant) % 2 == 1,
             });
-            expected.push(Expected {
-                norm: report.total_norm.to_bits(),
-                coef: report.clip_coef.to_bits(),
-                tensors: bits(&clipped),
-                clipped: 0,
-                nan: 0,
-            });
+            expected.push(expected_of(&report, &clipped));
             names.push(format!("list {index}, {norm_type:?}, {policy:?}"));
         }
+        // By a norm that has nothing to do with the list.
+        let (total_norm, max_norm) = ([0.7, 3.0, f64::INFINITY][index % 3], 1.0);
+        let loss_scale = [1.0, 0.3][index % 2];
+        let mut given = list.clone();
+        let clip = ClipNorm::new(max_norm).loss_scale(loss_scale).nonfinite(NonFinite::Propagate);
+        let report = cpu::clip_with_norm(&mut given, total_norm, clip).unwrap();
+        cases.push(Case {
+            tensors: tensors.clone(),
+            operation: Operation::ClipWithNorm { total_norm, max_norm, loss_scale, nonfinite: 2 },
+            table_in_memory: index % 2 == 1,
+            with_scales: false,
+            blocks: 2,
+            reversed: index % 2 == 0,
+        });
+        expected.push(expected_of(&report, &given));
+        names.push(format!("list {index}, given norm {total_norm}"));
         // A bound that every dtype holds, so that the case needs no rounding of its own.
         let bound = 0.0078125;
         let mut clamped = list.clone();
@@ -120,6 +146,8 @@ fn kernels_and_cpu_path_agree() {
         expected.push(Expected {
             norm: 0f64.to_bits(),
             coef: 1f64.to_bits(),
+            multiplier: 1f64.to_bits(),
+            found_inf: report.first_nonfinite.is_some(),
             tensors: bits(&clamped),
             clipped: report.clipped,
             nan: report.nan,
@@ -131,6 +159,10 @@ fn kernels_and_cpu_path_agree() {
     for (((outcome, case), expected), what) in outcomes.iter().zip(&cases).zip(&expected).zip(&names) {
         assert_eq!(outcome.report.total_norm.to_bits(), expected.norm, "{what}: norm");
         assert_eq!(outcome.report.clip_coef.to_bits(), expected.coef, "{what}: coefficient");
+        assert_eq!(outcome.report.multiplier.to_bits(), expected.multiplier, "{what}: multiplier");
+        let nearest = (f64::from_bits(expected.multiplier) as f32).to_bits();
+        assert_eq!(outcome.report.multiplier_f32.to_bits(), nearest, "{what}: multiplier in f32");
+        assert_eq!(outcome.report.found_inf, f32::from(u8::from(expected.found_inf)), "{what}: found_inf");
         assert_eq!(
             (outcome.report.clipped_elements, outcome.report.nan_elements),
             (expected.clipped, expected.nan),
@@ -160,12 +192,14 @@ fn kernels_and_cpu_path_agree_out_of_place() {
                 Values::from_bits(dtype_of(tensor), bits)
             };
             let mut outputs: Vec<Values> = list.iter().map(stale).collect();
-            cpu::clip_grad_norm_into(&list, &mut outputs, ClipNorm::new(max_norm).nonfinite(policy)).unwrap();
+            let loss_scale = [1.0, 1024.0][index / 2 % 2];
+            let clip = ClipNorm::new(max_norm).nonfinite(policy).loss_scale(loss_scale);
+            cpu::clip_grad_norm_into(&list, &mut outputs, clip).unwrap();
             cases.push(Case {
                 tensors: list.iter().map(runner_tensor).collect(),
                 operation: Operation::ClipNormInto {
                     max_norm,
-                    norm_type: NormType::L2 as u32,
+                    loss_scale,
                     nonfinite: nonfinite as u32,
                     to_f32,
                     misalign: index,

@@ -103,12 +103,24 @@ pub fn entries() -> Vec<Entry> {
 
     // By size.
     for (name, size) in [("1 KiB", KI), ("16 KiB", 16 * KI), ("256 KiB", 256 * KI), ("1 MiB", MI), ("4 MiB", 4 * MI)] {
-        entries.push(bytes(name, size, "f32"));
+        entries.extend(usual.iter().map(|dtype| bytes(name, size, dtype)));
     }
     for (name, size) in [("16 MiB", 16 * MI), ("64 MiB", 64 * MI), ("256 MiB", 256 * MI)] {
         entries.extend(usual.iter().map(|dtype| bytes(name, size, dtype)));
     }
     entries.extend(usual.iter().map(|dtype| bytes("16 GiB", 16 * GI - ALIGN, dtype)));
+    // By number of tensors; 300 and 3000 are above.
+    for (name, count) in [
+        ("1 x 4 Ki", 1),
+        ("10 x 4 Ki", 10),
+        ("30 x 4 Ki", 30),
+        ("100 x 4 Ki", 100),
+        ("1000 x 4 Ki", 1000),
+        ("10000 x 4 Ki", 10_000),
+        ("20000 x 4 Ki", 20_000),
+    ] {
+        each(&mut entries, &shapes::equal(name, count, 4 * KI), &all[..1]);
+    }
     each(&mut entries, &shapes::llama_1b(), &["bf16"]);
     each(&mut entries, &shapes::equal("3000 x 1 Mi", 3000, MI), usual);
     each(&mut entries, &shapes::gpt2(), &all[2..]);

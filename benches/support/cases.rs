@@ -26,13 +26,14 @@ pub enum Op {
 impl Op {
     pub const ALL: [Self; 5] = [Self::Norm, Self::ClipWithin, Self::Clip, Self::ValueWithin, Self::Value];
 
+    /// As the record of the GPU bench has it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Norm => "norm",
-            Self::ClipWithin => "clip within",
+            Self::ClipWithin => "clip; within",
             Self::Clip => "clip",
-            Self::ValueWithin => "value within",
-            Self::Value => "value",
+            Self::ValueWithin => "value; 0 % outside",
+            Self::Value => "value; 2 % outside",
         }
     }
 
@@ -98,6 +99,8 @@ float!(bf16, "bf16", 3.9e-3, f32, bf16::from_f32, bf16::to_f32, bf16::from_f64, 
 
 /// One element in this many is 1 or -1, the others are a hundredth of it.
 const LARGE_EVERY: usize = 64;
+/// After this many they come again: making all of 1 GiB would take longer than timing it.
+const PERIOD: usize = 1 << 20;
 /// So little that repeating it does not change the data.
 const NEARLY_ONE: f64 = 1.0 - 1.0 / (1 << 20) as f64;
 
@@ -118,10 +121,17 @@ fn element(index: usize) -> f64 {
 
 /// The gradients, and what the calls keep between them.
 pub struct List<T> {
+    pub name: &'static str,
     pub grads: Vec<Vec<T>>,
     copy: Vec<Vec<T>>,
+    /// What every gradient holds at first, over and over.
+    pattern: Vec<T>,
+    /// In float64, of what the gradients were at first.
+    pub norm: f64,
     threshold: f64,
     bound: f64,
+    /// Whether value clipping has taken something away.
+    clamped: bool,
     #[cfg(feature = "candle")]
     tensors: Vec<candle_core::Tensor>,
 }
@@ -134,15 +144,21 @@ where
     pub fn new(shapes: &Shapes) -> Self {
         let zeros = |numel: &usize| vec![T::zeroed(); *numel];
         let grads = shapes.numels.iter().map(zeros).collect();
+        let longest = shapes.numels.iter().max().copied().unwrap_or(0);
         let mut list = Self {
+            name: shapes.name,
             grads,
             copy: shapes.numels.iter().map(zeros).collect(),
+            pattern: (0..longest.min(PERIOD)).map(|i| T::from_f64(element(i))).collect(),
+            norm: 0.0,
             threshold: 0.0,
             bound: 1.0,
+            clamped: false,
             #[cfg(feature = "candle")]
             tensors: Vec::new(),
         };
         list.fill();
+        list.norm = list.norm_in_f64();
         list.check_norm_clipping();
         list.fill();
         list.check_value_clipping();
@@ -155,10 +171,22 @@ where
     /// What the gradients were at first.
     pub fn fill(&mut self) {
         self.grads.par_iter_mut().for_each(|grad| {
-            grad.par_iter_mut().enumerate().for_each(|(i, x)| *x = T::from_f64(element(i)));
+            grad.par_chunks_mut(PERIOD).for_each(|part| part.copy_from_slice(&self.pattern[..part.len()]));
         });
-        self.threshold = self.norm_in_f64();
+        self.threshold = self.norm;
         self.bound = 1.0;
+        self.clamped = false;
+    }
+
+    /// Enough of it for any operation: a scale leaves next to everything.
+    pub fn fill_if_clamped(&mut self) {
+        if self.clamped {
+            self.fill();
+        }
+    }
+
+    pub fn numel(&self) -> usize {
+        self.grads.iter().map(Vec::len).sum()
     }
 
     fn norm_in_f64(&self) -> f64 {
@@ -167,7 +195,7 @@ where
     }
 
     fn check_norm_clipping(&mut self) {
-        let expected = self.norm_in_f64();
+        let expected = self.norm;
         let report = clip(&mut self.grads, 0.5 * expected, true);
         let off = (report.total_norm / expected - 1.0).abs();
         assert!(off < 1e-9_f64.max(T::ROUNDING * 1e-3), "{} is not {expected}", report.total_norm);
@@ -184,7 +212,7 @@ where
     fn compare(&self, expected: impl Fn(f64) -> f64 + Sync, tolerance: f64) {
         self.grads.par_iter().for_each(|grad| {
             grad.par_iter().enumerate().for_each(|(i, x)| {
-                let expected = expected(T::from_f64(element(i)).to_f64());
+                let expected = expected(self.pattern[i % PERIOD].to_f64());
                 // Below f16's normal range the unit is 2^-24.
                 assert!((x.to_f64() - expected).abs() <= tolerance * expected.abs().max(2f64.powi(-14)), "element {i}");
             });
@@ -203,6 +231,7 @@ where
             self.fill();
         }
         self.bound *= 0.98;
+        self.clamped = true;
         self.bound
     }
 }
@@ -234,6 +263,7 @@ pub struct Case<T> {
 
 pub const READ: &str = "limit: plain read";
 pub const UPDATE: &str = "limit: plain update in place";
+pub const COPY: &str = "plain copy";
 
 /// The ways to do `op`; the limits come first.
 pub fn cases<T: Float>(op: Op) -> Vec<Case<T>>
@@ -251,7 +281,7 @@ where
     }
     if updates > 0 {
         cases.push(fast(UPDATE, |list| limits::update(&mut list.grads, black_box(0))));
-        cases.push(fast("plain copy", |list| limits::copy(&list.grads, black_box(&mut list.copy))));
+        cases.push(fast(COPY, |list| limits::copy(&list.grads, black_box(&mut list.copy))));
     }
     match op {
         Op::Norm => cases.extend([

@@ -1,93 +1,104 @@
-//! The record: `benches/README.md` says how one is made. Here every implementation runs once a round, so that a
+//! Rows of the record: `benches/README.md` has the columns. Here every implementation runs once a round, so that a
 //! machine that is busy with something else is so for all of them, and a ratio is that of one round; criterion runs one
 //! after the other, which compares them only on a quiet machine.
 
-use super::cases::{cases, Case, Float, List, Op, READ, UPDATE};
-use super::shapes::Shapes;
+use super::cases::{cases, Case, Float, List, Op, COPY, READ, UPDATE};
 use gradclip::cpu::AsGradMut;
-use std::io::Write;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Rounds of an operation on a list: as many as fit, but not fewer, and not more.
-const TIME: Duration = Duration::from_millis(1500);
+/// From `pass` on the names are those of the GPU's record.
+pub const HEADER: &str =
+    "machine,cores,load,date,commit,command,pass,list,tensors,bytes,dtype,op,implementation,rounds,\
+                          median_us,p10_us,p90_us,GB/s,ratio,checked";
+
+/// Rounds of an operation on a list: as many as fit into its time, but not fewer, and not more.
 const MIN_ROUNDS: usize = 7;
 const MAX_ROUNDS: usize = 200;
 /// Rounds in which what runs on one core takes part.
 const SLOW_ROUNDS: usize = 3;
 
-pub struct Record<W> {
-    csv: W,
-    /// The first columns.
-    run: String,
+/// The first columns, those of the whole run.
+pub fn run_columns(command: &str) -> String {
+    let columns = [
+        machine(),
+        rayon::current_num_threads().to_string(),
+        load(),
+        output_of("date", &["-u", "+%F"]),
+        output_of("git", &["describe", "--always", "--dirty"]),
+        command.to_owned(),
+    ];
+    columns.join(",")
 }
 
-impl<W: Write> Record<W> {
-    pub fn new(mut csv: W) -> std::io::Result<Self> {
-        writeln!(csv, "machine,cores,load,date,commit,command,list,dtype,op,implementation,GB/s,ratio to limit")?;
-        let cores = rayon::current_num_threads();
-        let run = format!(
-            "{},{cores},{},{},{},{}",
-            machine(),
-            load(),
-            output_of("date", &["-u", "+%F"]),
-            output_of("git", &["describe", "--always", "--dirty"]),
-            "GRADCLIP_RECORD=... cargo bench --bench cpu --features candle",
-        );
-        Ok(Self { csv, run })
-    }
+/// How a list is measured.
+pub struct How<'a> {
+    pub run: &'a str,
+    /// Tells two measurements of one list apart.
+    pub pass: u32,
+    /// For each operation.
+    pub time: Duration,
+    /// Whether what runs on one core is measured, too.
+    pub slow: bool,
+}
 
-    /// A row for each implementation of each operation on one list.
-    pub fn list<T: Float>(&mut self, shapes: &Shapes) -> std::io::Result<()>
-    where
-        Vec<T>: AsGradMut,
-    {
-        let mut list = List::<T>::new(shapes);
-        for op in Op::ALL {
-            list.fill();
-            let cases = cases::<T>(op);
-            let rounds = measure(&cases, &mut list);
-            let bytes = (op.traffic() * shapes.total() * size_of::<T>()) as f64;
-            for (i, case) in cases.iter().enumerate() {
-                // A limit moves what one pass moves.
-                let bytes = match case.implementation {
-                    READ => bytes / op.traffic() as f64,
-                    UPDATE | "plain copy" => 2.0 * bytes / op.traffic() as f64,
-                    _ => bytes,
-                };
-                let limit = |times: &[f64]| {
-                    let of = |name| cases.iter().position(|case| case.implementation == name).map_or(0.0, |i| times[i]);
-                    match case.implementation {
-                        READ => of(READ),
-                        UPDATE | "plain copy" => of(UPDATE),
-                        _ => of(READ) + of(UPDATE),
-                    }
-                };
-                let took_part: Vec<&Vec<f64>> =
-                    rounds.iter().filter(|times| times.len() > i && times[i] > 0.0).collect();
-                let speed = bytes / median(took_part.iter().map(|times| times[i])) / 1e9;
-                let ratio = median(took_part.iter().map(|times| limit(times) / times[i]));
-                writeln!(
-                    self.csv,
-                    "{},{},{},{},{},{speed:.2},{ratio:.3}",
-                    self.run,
-                    shapes.name,
-                    T::NAME,
-                    op.name(),
-                    case.implementation,
-                )?;
-                self.csv.flush()?;
-            }
+/// A row for each implementation of each operation on one list.
+pub fn rows<T: Float>(list: &mut List<T>, how: &How<'_>) -> Vec<String>
+where
+    Vec<T>: AsGradMut,
+{
+    let bytes = list.numel() * size_of::<T>();
+    let mut written = Vec::new();
+    for op in Op::ALL {
+        list.fill_if_clamped();
+        let mut cases = cases::<T>(op);
+        cases.retain(|case| how.slow || !case.slow);
+        let rounds = measure(&cases, list, how.time);
+        for (i, case) in cases.iter().enumerate() {
+            let passes = match case.implementation {
+                READ => 1,
+                UPDATE | COPY => 2,
+                _ => op.traffic(),
+            };
+            let limit = |times: &[f64]| {
+                let of = |name| cases.iter().position(|case| case.implementation == name).map_or(0.0, |i| times[i]);
+                match case.implementation {
+                    READ => of(READ),
+                    UPDATE | COPY => of(UPDATE),
+                    _ => of(READ) + of(UPDATE),
+                }
+            };
+            let took_part: Vec<&Vec<f64>> = rounds.iter().filter(|times| times[i] > 0.0).collect();
+            let times: Vec<f64> = took_part.iter().map(|times| times[i]).collect();
+            let ratios: Vec<f64> = took_part.iter().map(|times| limit(times) / times[i]).collect();
+            let median = quantile(&times, 0.5);
+            written.push(format!(
+                "{},{},{},{},{bytes},{},{},{},{},{:.3},{:.3},{:.3},{:.2},{:.3},{}",
+                how.run,
+                how.pass,
+                list.name,
+                list.grads.len(),
+                T::NAME,
+                op.name(),
+                case.implementation,
+                times.len(),
+                median * 1e6,
+                quantile(&times, 0.1) * 1e6,
+                quantile(&times, 0.9) * 1e6,
+                (passes * bytes) as f64 / median / 1e9,
+                quantile(&ratios, 0.5),
+                if case.implementation == "gradclip" { "all" } else { "no" },
+            ));
         }
-        Ok(())
     }
+    written
 }
 
 /// Seconds of each implementation in each round, 0 where it did not take part.
-fn measure<T>(cases: &[Case<T>], list: &mut List<T>) -> Vec<Vec<f64>> {
+fn measure<T>(cases: &[Case<T>], list: &mut List<T>, time: Duration) -> Vec<Vec<f64>> {
     let start = Instant::now();
     let mut rounds = Vec::new();
-    while rounds.len() < MIN_ROUNDS || (rounds.len() < MAX_ROUNDS && start.elapsed() < TIME) {
+    while rounds.len() < MIN_ROUNDS || (rounds.len() < MAX_ROUNDS && start.elapsed() < time) {
         let mut time = |case: &Case<T>| {
             if case.slow && rounds.len() >= SLOW_ROUNDS {
                 return 0.0;
@@ -102,10 +113,11 @@ fn measure<T>(cases: &[Case<T>], list: &mut List<T>) -> Vec<Vec<f64>> {
     rounds
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+fn quantile(values: &[f64], at: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let index = (sorted.len().saturating_sub(1) as f64 * at).round() as usize;
+    sorted.get(index).copied().unwrap_or(f64::NAN)
 }
 
 fn machine() -> String {

@@ -7,6 +7,7 @@
 //! AutoClip, the 10th percentile of the norms so far: a captured graph could not follow it if it held the threshold as a
 //! number. Needs a GPU; without one it says what is missing and ends.
 
+mod linear;
 mod train;
 
 use anyhow::Result;

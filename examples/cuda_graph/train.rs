@@ -1,19 +1,14 @@
 //! The training step as a CUDA graph, and the schedule of its threshold.
 
-use anyhow::{anyhow, Context, Result};
+use super::linear::{driver, launch_backward, launch_forward, threads, Batches, BATCH, FEATURES, LINEAR_PTX};
+use anyhow::{Context, Result};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig, PushKernelArg,
-};
+use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 use gradclip::cuda::{Clipper, Pending};
 use gradclip::{ClipNorm, NormReport};
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use std::sync::Arc;
 
-pub const BATCH: usize = 64;
-pub const FEATURES: usize = 32;
 const LEARNING_RATE: f32 = 0.05;
 
 /// What one step left behind.
@@ -38,18 +33,13 @@ pub struct Trainer {
     _clipper: Clipper,
 }
 
-/// The driver's error as text (`DriverError`'s own asks the driver for it).
-fn driver(error: DriverError) -> anyhow::Error {
-    anyhow!("CUDA error {:?}", error.0)
-}
-
 impl Trainer {
     pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
         // SAFETY: all work of this program goes to one stream. A capture must not wait for an event from before it, and
         // cudarc's tracking would record such events.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(driver)?; // the default stream cannot be captured
-        let module = context.load_module(Ptx::from_src(include_str!("linear.ptx"))).map_err(driver)?;
+        let module = context.load_module(Ptx::from_src(LINEAR_PTX)).map_err(driver)?;
         let kernel = |name: &str| module.load_function(name).map_err(driver);
         let (forward, backward, step) = (kernel("forward")?, kernel("backward")?, kernel("step")?);
 
@@ -101,37 +91,6 @@ impl Trainer {
     }
 }
 
-/// Enough threads for `count`, in blocks of 32.
-fn threads(count: usize) -> LaunchConfig {
-    LaunchConfig { grid_dim: (count.div_ceil(32) as u32, 1, 1), block_dim: (32, 1, 1), shared_mem_bytes: 0 }
-}
-
-fn launch_forward(
-    stream: &Arc<CudaStream>,
-    forward: &CudaFunction,
-    [x, y, weights]: [&CudaSlice<f32>; 3],
-    residual: &mut CudaSlice<f32>,
-) -> Result<()> {
-    let (n, d) = (BATCH as i32, FEATURES as i32);
-    let mut launch = stream.launch_builder(forward);
-    launch.arg(x).arg(y).arg(weights).arg(residual).arg(&n).arg(&d);
-    // SAFETY: the arguments are those of `forward` in linear.cu, and the slices have the sizes that n and d say.
-    unsafe { launch.launch(threads(BATCH)) }.map(drop).map_err(driver)
-}
-
-fn launch_backward(
-    stream: &Arc<CudaStream>,
-    backward: &CudaFunction,
-    [x, residual]: [&CudaSlice<f32>; 2],
-    grad: &mut CudaSlice<f32>,
-) -> Result<()> {
-    let (n, d) = (BATCH as i32, FEATURES as i32);
-    let mut launch = stream.launch_builder(backward);
-    launch.arg(x).arg(residual).arg(grad).arg(&n).arg(&d);
-    // SAFETY: as above, for `backward`.
-    unsafe { launch.launch(threads(FEATURES)) }.map(drop).map_err(driver)
-}
-
 fn launch_step(
     stream: &Arc<CudaStream>,
     step: &CudaFunction,
@@ -141,33 +100,8 @@ fn launch_step(
     let d = FEATURES as i32;
     let mut launch = stream.launch_builder(step);
     launch.arg(weights).arg(grad).arg(&LEARNING_RATE).arg(&d);
-    // SAFETY: as above, for `step`.
+    // SAFETY: the arguments are those of `step` in linear.cu, and the slices have d elements.
     unsafe { launch.launch(threads(FEATURES)) }.map(drop).map_err(driver)
-}
-
-/// Batches of y = x w + noise. One in ten has a label that is off by thousands: what gradient clipping is for.
-pub struct Batches {
-    rng: SmallRng,
-    pub truth: Vec<f32>,
-}
-
-impl Batches {
-    pub fn new(seed: u64) -> Self {
-        let mut rng = SmallRng::seed_from_u64(seed);
-        let truth = (0..FEATURES).map(|_| rng.random_range(-1.0..1.0)).collect();
-        Self { rng, truth }
-    }
-
-    pub fn next(&mut self) -> (Vec<f32>, Vec<f32>) {
-        let x: Vec<f32> = (0..BATCH * FEATURES).map(|_| self.rng.random_range(-1.0..1.0)).collect();
-        let label = |row: &[f32]| row.iter().zip(&self.truth).map(|(x, w)| x * w).sum::<f32>();
-        let mut y: Vec<f32> = x.chunks(FEATURES).map(label).collect();
-        y.iter_mut().for_each(|y| *y += self.rng.random_range(-0.1..0.1));
-        if self.rng.random_range(0..10) == 0 {
-            y[0] += 5000.0;
-        }
-        (x, y)
-    }
 }
 
 /// AutoClip (Seetharaman, Wichern, Pardo and Le Roux, 2020): the threshold is a percentile of all norms so far.

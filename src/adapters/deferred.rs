@@ -2,7 +2,8 @@
 
 use super::variables::Variables;
 use crate::error::Result;
-use crate::report::Report;
+use crate::report::{NormReport, Report};
+use crate::total_norm::TotalNorm;
 
 #[cfg(feature = "cuda")]
 use crate::cuda::Pending;
@@ -28,6 +29,17 @@ pub struct Deferred<R> {
     variables: Variables,
 }
 
+/// For [`TotalNorm`]: of CUDA tensors, the norm stays on the device.
+impl<'a> From<&'a Deferred<NormReport>> for TotalNorm<'a> {
+    fn from(report: &'a Deferred<NormReport>) -> Self {
+        match &report.report {
+            Place::Host(report) => report.total_norm.into(),
+            #[cfg(feature = "cuda")]
+            Place::Device(pending) => pending.into(),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Place<R> {
     Host(R),
@@ -49,7 +61,7 @@ impl<R: Report> Deferred<R> {
         }
     }
 
-    /// The report. Of CUDA tensors it waits for the stream, and copies 64 bytes; see [`cuda::Pending::wait`].
+    /// The report. Of CUDA tensors it waits for the stream, and copies 72 bytes; see [`cuda::Pending::wait`].
     ///
     /// # Errors
     /// None of CPU tensors; those of [`cuda::Pending::wait`] of CUDA tensors.

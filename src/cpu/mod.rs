@@ -31,6 +31,7 @@ use crate::outputs::{check_pairs, in_outputs, refuse_shared};
 use crate::plan::{Plan, TensorRef};
 use crate::report::{NormReport, ValueReport};
 use crate::scope::{Scope, ScopedReport};
+use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use scale_into::Pair;
 
@@ -59,7 +60,8 @@ pub fn total_norm<G: AsGrad>(grads: &[G], norm_type: NormType) -> Result<NormRep
 ///
 /// See [`ClipNorm`] for the formula and the options; `1.0` is short for `ClipNorm::new(1.0)`. When the norm is within
 /// the threshold nothing is written. When it is NaN or infinite, [`NonFinite`] decides; by default nothing is written.
-/// Each clipped element is within one unit in the last place of `x * clip_coef`.
+/// Each clipped element is within one unit in the last place of `x * multiplier`, which is `x * clip_coef` without a
+/// [`loss_scale`](ClipNorm::loss_scale).
 ///
 /// Cost: reads each gradient once; if it clips, reads and writes each once more. All cores.
 ///
@@ -88,10 +90,11 @@ pub fn clip_grad_norm<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipNorm>) 
 /// The same out of place: clipped gradients go to `outputs`, one for each gradient, of its type or f32. The gradients are
 /// only read.
 ///
-/// Formula, options, norm and coefficient are those of [`clip_grad_norm`]. Output `i` becomes `x * clip_coef` for every
+/// Formula, options, norm and coefficient are those of [`clip_grad_norm`]. Output `i` becomes `x * multiplier` for every
 /// `x` of gradient `i`, rounded once, to the output's type: within one unit in the last place for every finite `x`. Where
-/// nothing is clipped it becomes `x`. f32 from f16 or bf16 is what an optimizer with f32 master weights takes: in place
-/// the product is rounded to 11 or 8 bits, and a small f16 can vanish.
+/// nothing is clipped (and there is no loss scale) it becomes `x`. f32 from f16 or bf16 is what an optimizer with f32
+/// master weights takes: in place the product is rounded to 11 or 8 bits, and a small f16 can vanish, above all where a
+/// [`loss_scale`](ClipNorm::loss_scale) comes off with it.
 ///
 /// ```text
 /// bf16 -> bf16, f32      f16 -> f16, f32      f64 -> f64, f32      f32 -> f32
@@ -100,7 +103,7 @@ pub fn clip_grad_norm<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipNorm>) 
 /// Outputs are always written, but for a norm that is NaN or infinite under [`NonFinite::Skip`] and
 /// [`NonFinite::Error`]: then they keep what they held, and the report says `written: false`; do not step with them. Under
 /// [`NonFinite::Zero`] they become +0, under [`NonFinite::Propagate`] what [`clip_grad_norm`] would leave; both, where
-/// `max_norm` is infinite, write `x`. Every NaN in an output is the canonical one. An f64 beyond f32 becomes infinite.
+/// `max_norm` is infinite and there is no loss scale, write `x`. Every NaN in an output is the canonical one. An f64 beyond f32 becomes infinite.
 ///
 /// Cost: reads each gradient twice, writes each output once. All cores. Nothing else of their size is allocated.
 ///
@@ -135,6 +138,79 @@ pub fn clip_grad_norm_into<G: AsGrad, O: AsGradMut>(
         parallel::scale_pairs(&verdict, pairs);
     }
     Ok(NormReport { written: verdict.written(), ..report })
+}
+
+/// Scales the gradients by a norm that the caller has: what [`clip_grad_norm`] does after it has measured.
+///
+/// For a norm that is measured once and used for several lists, or is that of more gradients than are here: of shards,
+/// of pipeline stages. It is PyTorch's `clip_grads_with_norm_`, as [`total_norm`] is its `get_total_norm`. Formula,
+/// options and policies are those of [`ClipNorm`], by the norm that is given; its order does not matter here. The report
+/// has that norm (with a [`loss_scale`](ClipNorm::loss_scale), over it), and names no tensor.
+///
+/// The gradients themselves are not looked at first. So where the norm is finite and they are not, they are multiplied
+/// like all: an Inf stays one (times 0 it is NaN), a NaN stays NaN, without its payload.
+///
+/// Cost: nothing where the norm is within the threshold; else reads and writes each gradient once. All cores.
+///
+/// # Errors
+/// A norm or a threshold that is negative, or a threshold that is NaN; gradients that share memory; a norm that is not
+/// finite, if the policy is [`NonFinite::Error`]. Nothing is touched then.
+///
+/// ```
+/// use gradclip::{cpu, NormType};
+/// let (mut here, there) = ([[3.0f32]], [[4.0f32]]); // two shards
+/// let norms = [&here, &there].map(|shard| cpu::total_norm(shard, NormType::L2));
+/// let [a, b] = norms.map(|report| report.map_or(f64::NAN, |report| report.total_norm));
+/// let report = cpu::clip_with_norm(&mut here, a.hypot(b), 1.0)?;
+/// assert_eq!((report.total_norm, report.clip_coef), (5.0, 0.2));
+/// assert_eq!(here, [[0.6]]);
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_with_norm<G: AsGradMut>(grads: &mut [G], total_norm: f64, clip: impl Into<ClipNorm>) -> Result<NormReport> {
+    let clip = clip.into();
+    let readable = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let (report, verdict) = judge(&readable, total_norm, &clip)?;
+    if verdict.written() {
+        let mut writable = collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?;
+        apply_to_any(&verdict, &mut writable);
+    }
+    Ok(report)
+}
+
+/// What [`clip_grad_norm`] would multiply the gradients by, for an optimizer that multiplies them itself: it reads them
+/// anyway, so that saves reading and writing them once more.
+///
+/// The factor is [`multiplier`](NormReport::multiplier), and `written` is false. It is 1 where nothing is to be clipped.
+/// When the norm is NaN or infinite:
+///
+/// | policy | `multiplier` | the optimizer |
+/// |---|---|---|
+/// | [`Skip`](NonFinite::Skip) | 1 | has to leave the step out, by [`found_inf`](NormReport::found_inf) |
+/// | [`Zero`](NonFinite::Zero) | 0 | has to take 0 for the gradient: Inf or NaN times 0 is NaN |
+/// | [`Propagate`](NonFinite::Propagate) | NaN, or 0 for an infinite norm | multiplies |
+/// | [`Error`](NonFinite::Error) | | gets the error |
+///
+/// Cost: reads each gradient once, writes nothing; all cores.
+///
+/// # Errors
+/// As [`clip_grad_norm`].
+///
+/// ```
+/// use gradclip::{cpu, ClipNorm};
+/// let (mut weights, grads) = ([1.0f32, 2.0], [[3.0f32 * 1024.0, 4.0 * 1024.0]]);
+/// let report = cpu::clip_coef(&grads, ClipNorm::new(2.5).loss_scale(1024.0))?;
+/// if !report.found_inf {
+///     for (weight, grad) in weights.iter_mut().zip(&grads[0]) {
+///         *weight -= 0.5 * (grad * report.multiplier as f32); // SGD, clipped and unscaled
+///     }
+/// }
+/// assert_eq!((weights, grads), ([0.25, 1.0], [[3072.0, 4096.0]]));
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_coef<G: AsGrad>(grads: &[G], clip: impl Into<ClipNorm>) -> Result<NormReport> {
+    let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let (report, _) = measure(&grads, &clip.into())?;
+    Ok(NormReport { written: false, ..report })
 }
 
 /// Limits each element to `[-v, v]`, or to the bounds of a [`ClipValue`].
@@ -240,15 +316,32 @@ fn measure_planned(grads: &[Grad<'_>], plan: &Plan, clip: &ClipNorm) -> Result<(
     let _env = DefaultFpEnv::enter();
     let total_norm = clip_coef::norm_of(&partials, clip.norm_type);
     let first_nonfinite = clip_coef::first_bad_tile(&partials).and_then(|tile| plan.tensor_of(tile as u64));
-    if clip.nonfinite == NonFinite::Error && !total_norm.is_finite() {
-        return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
-    }
-    let verdict = decide(clip, total_norm);
-    let report = NormReport { total_norm, clip_coef: verdict.clip_coef, written: verdict.written(), first_nonfinite };
-    Ok((report, verdict))
+    report_of(clip, total_norm, first_nonfinite)
 }
 
-/// Stage 3.
+/// Stage 2 by a given norm: what [`clip_with_norm`] would report and do.
+pub(crate) fn judge(grads: &[Grad<'_>], total_norm: f64, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
+    clip.validate()?;
+    clip.refuse_device_threshold()?;
+    let total_norm = TotalNorm::check_value(total_norm)?;
+    check(grads)?;
+    let _env = DefaultFpEnv::enter();
+    report_of(clip, total_norm, None)
+}
+
+/// `total_norm` with the loss scale in it. In the default floating-point environment.
+fn report_of(clip: &ClipNorm, total_norm: f64, first_nonfinite: Option<usize>) -> Result<(NormReport, Verdict)> {
+    let verdict = decide(clip, total_norm);
+    let Verdict { total_norm, clip_coef, multiplier, .. } = verdict;
+    let found_inf = !total_norm.is_finite();
+    if clip.nonfinite == NonFinite::Error && found_inf {
+        return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
+    }
+    let written = verdict.written();
+    Ok((NormReport { total_norm, clip_coef, multiplier, found_inf, written, first_nonfinite }, verdict))
+}
+
+/// Stage 3, after [`measure`], which has looked at every gradient.
 pub(crate) fn apply(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
     parallel::scale(verdict, grads);
 }
@@ -266,6 +359,11 @@ fn pair_up<'a>(plan: &Plan, grads: &[Grad<'a>], outputs: Vec<GradMut<'a>>) -> Re
         Pair::of(*grad, output).ok_or(Error::OutputDtype { tensor, gradient, output: to })
     });
     pairs.collect()
+}
+
+/// Stage 3, after [`judge`], which has not.
+pub(crate) fn apply_to_any(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
+    parallel::scale_any(verdict, grads);
 }
 
 /// Value clipping of a checked list; what each gradient held.

@@ -137,6 +137,15 @@ pub(crate) fn scale_each(verdicts: &[&Verdict], grads: &mut [GradMut<'_>]) {
     grads.par_iter_mut().zip(verdicts).for_each(work);
 }
 
+/// Applies the verdict to gradients that may hold NaN or Inf.
+pub(crate) fn scale_any(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
+    let isa = Isa::detect();
+    for_each_task(grads, |task| {
+        with_slice!(GradMut, task, slice => scale::scale_any(isa, verdict, slice));
+        Counts::default()
+    });
+}
+
 /// Clamps every gradient; what each of them held.
 pub(crate) fn clamp(bounds: &ClampBounds, grads: &mut [GradMut<'_>]) -> Vec<Counts> {
     let isa = Isa::detect();

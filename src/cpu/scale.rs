@@ -1,12 +1,12 @@
-//! Stage 3, norm clipping: x * clip_coef, in place. Twin of `kernels/scale.cu`.
+//! Stage 3, norm clipping: x * multiplier, in place. Twin of `kernels/scale.cu`.
 
 use super::element::{bf16_from_f32, f16_from_f32, CpuElement};
 use super::isa::{Isa, Kernel, Simd};
 use crate::abi::action;
-use crate::clip_coef::{Verdict, SMALLEST_SPLIT_COEF};
+use crate::clip_coef::{Verdict, SPLIT_COEFS};
 use half::{bf16, f16};
 
-/// Applies the verdict to some elements.
+/// Applies the verdict to some elements. If it is to scale them, they are finite.
 pub(crate) fn scale<T: SplitScale>(isa: Isa, verdict: &Verdict, elements: &mut [T]) {
     match Product::of(verdict) {
         Product::Keep => {}
@@ -22,23 +22,46 @@ pub(crate) enum Product {
     Clear,
     /// By [`SplitScale`].
     Split(SplitCoef),
-    /// `T::from_wide(x.wide() * coef)`: tiny coefficients, NaN and Inf.
+    /// `T::from_wide(x.wide() * coef)`: multipliers tiny or huge, NaN and Inf.
     Wide(f64),
 }
 
 impl Product {
     pub(crate) fn of(verdict: &Verdict) -> Self {
-        let coef = verdict.clip_coef;
+        let coef = verdict.multiplier;
         match verdict.action {
             action::KEEP => Self::Keep,
             action::CLEAR => Self::Clear,
-            action::SCALE if coef >= SMALLEST_SPLIT_COEF => {
-                Self::Split(SplitCoef { full: coef, hi: verdict.coef_hi(), lo: verdict.coef_lo() })
-            }
+            action::SCALE if SPLIT_COEFS.contains(&coef) => Self::Split(SplitCoef::of(verdict)),
             _ => Self::Wide(coef),
         }
     }
 }
+
+/// The same for elements that may be NaN or infinite: as in IEEE 754, but NaNs canonical.
+pub(crate) fn scale_any<T: SplitScale>(isa: Isa, verdict: &Verdict, elements: &mut [T]) {
+    if verdict.action != action::SCALE || !SPLIT_COEFS.contains(&verdict.multiplier) {
+        return scale(isa, verdict, elements); // in f64, which takes any element
+    }
+    // Few blocks have one that is not finite: those go element by element.
+    for block in elements.chunks_mut(ANY_BLOCK) {
+        let is_finite = |x: &T| x.magnitude_bits() < T::INF_BITS;
+        if block.iter().fold(true, |all, x| all & is_finite(x)) {
+            scale(isa, verdict, block);
+            continue;
+        }
+        for x in block {
+            if is_finite(x) {
+                scale(isa, verdict, std::slice::from_mut(x));
+            } else {
+                *x = T::from_wide(x.wide()); // times a positive number
+            }
+        }
+    }
+}
+
+/// Elements: half a tile of f32. In cache, when they are scaled after they were looked at.
+const ANY_BLOCK: usize = 4096;
 
 #[derive(Clone, Copy)]
 pub(crate) struct SplitCoef {
@@ -47,7 +70,13 @@ pub(crate) struct SplitCoef {
     pub lo: f32,
 }
 
-/// A dtype with the fast product: within one unit in the last place of `x * coef` for every finite x.
+impl SplitCoef {
+    fn of(verdict: &Verdict) -> Self {
+        Self { full: verdict.multiplier, hi: verdict.coef_hi(), lo: verdict.coef_lo() }
+    }
+}
+
+/// A dtype with the fast product: within one unit in the last place of `x * multiplier` for every finite x.
 pub(crate) trait SplitScale: CpuElement {
     fn scale<S: Simd>(simd: S, coef: SplitCoef, elements: &mut [Self]);
 }

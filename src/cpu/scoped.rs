@@ -5,14 +5,13 @@ use super::clip_coef::{first_bad_tile, norm_of};
 use super::grads::{with_slice, Grad, GradMut};
 use super::parallel;
 use super::partial::Partial;
-use super::{check, stats};
+use super::{check, report_of, stats};
 use crate::abi::{ScopedGroup, Stats, StatsSlot, NO_ELEMENT, SAME_THRESHOLD, TILE_BYTES};
-use crate::clip_coef::{decide, Verdict};
+use crate::clip_coef::Verdict;
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fp_env::DefaultFpEnv;
-use crate::options::{ClipNorm, NonFinite};
-use crate::report::NormReport;
+use crate::options::ClipNorm;
 use crate::scope::{Scope, ScopedReport, TensorStats};
 use crate::scoped_plan::ScopedPlan;
 
@@ -41,12 +40,8 @@ pub(crate) fn measure(grads: &[Grad<'_>], scope: &Scope<'_>, clip: &ClipNorm) ->
         let total_norm = norm_of(of_group, clip.norm_type);
         let bad_tile = first_bad_tile(of_group).map(|tile| u64::from(group.first_tile) + tile as u64);
         let first_nonfinite = bad_tile.and_then(|tile| plan.tensor_of(tile));
-        if clip.nonfinite == NonFinite::Error && !total_norm.is_finite() {
-            return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
-        }
-        let verdict = decide(&of_group_options(clip, group), total_norm);
-        let (clip_coef, written) = (verdict.clip_coef, verdict.written());
-        groups.push(NormReport { total_norm, clip_coef, written, first_nonfinite });
+        let (report, verdict) = report_of(&of_group_options(clip, group), total_norm, first_nonfinite)?;
+        groups.push(report);
         verdicts.push(verdict);
     }
     let tensors = tensor_stats(&plan, clip, &partials, &tile_stats);

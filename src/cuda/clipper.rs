@@ -4,7 +4,7 @@ use super::driver::{check_driver, driver_error, is_capturing, CurrentContext, Ho
 use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::outputs::Outputs;
-use super::reports::{Pending, ReportRing};
+use super::reports::{Applied, Pending, ReportRing};
 use super::scoped::ScopedCalls;
 use super::workspace::Workspace;
 use crate::abi::{nonfinite, ClipParams};
@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
 use crate::plan::Plan;
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::{Source, TotalNorm};
 use crate::value_bounds;
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::CudaStream;
@@ -66,7 +67,7 @@ pub struct Clipper {
 impl Clipper {
     /// Loads the kernels for the device of `stream`; work will be enqueued there.
     ///
-    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 32 KiB of device
+    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 36 KiB of device
     /// memory.
     ///
     /// # Errors
@@ -106,7 +107,7 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), Apply::Nowhere);
+        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), Applied::Nowhere);
         // After an error too: a stage that was launched before it may still be running.
         let released = self.list.release(grads, &self.stream);
         pending.and_then(|pending| released.map(|()| pending))
@@ -132,11 +133,11 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather_mut(grads, &self.stream)?;
-        let pending = self.norm_stages(&clip, Apply::InPlace);
+        let pending = self.norm_stages(&clip, Applied::InPlace);
         let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
         let pending = pending?;
         released?;
-        wait_if_asked(pending, &clip)
+        finish(pending, &clip)
     }
 
     /// The same out of place: clipped gradients go to `outputs`, one for each gradient, of its type or f32. The gradients
@@ -176,12 +177,91 @@ impl Clipper {
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
         self.outputs.gather(outputs, &self.stream)?;
-        let pending = self.norm_stages(&clip, Apply::OutOfPlace);
+        let pending = self.norm_stages(&clip, Applied::OutOfPlace(clip.nonfinite));
         let released = self.list.release(grads, &self.stream); // after an error too, as above
         let outputs_released = self.outputs.release(outputs, &self.stream);
         let pending = pending?;
         released.and(outputs_released)?;
-        wait_if_asked(pending, &clip)
+        finish(pending, &clip)
+    }
+
+    /// Scales the gradients by a norm that the caller has, as a number or on the device; see
+    /// [`cpu::clip_with_norm`](crate::cpu::clip_with_norm), whose formula and bits these are.
+    ///
+    /// The norm is an `f64`, the report of an earlier call of this clipper (`&Pending<NormReport>`), or lies at a device
+    /// address ([`TotalNorm::at`]); on the device a negative one counts as NaN. It is that of the gradients as they are:
+    /// with a [`loss_scale`](ClipNorm::loss_scale), still multiplied by it, as [`total_norm`](Self::total_norm) finds it.
+    ///
+    /// Cost: within the threshold, reads and writes nothing; else reads and writes each gradient once. Two launches, no
+    /// wait (but [`NonFinite::Error`] has to wait for the norm).
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm`](Self::clip_grad_norm); a norm that is negative. [`Error::NormOutOfReach`] for the report of
+    /// another clipper, and during capture for one from outside of it; [`Error::ReportExpired`].
+    ///
+    /// ```no_run
+    /// use gradclip::{cuda::{self, Clipper}, NormType};
+    /// let stream = cuda::context(0)?.default_stream();
+    /// let mut grads = [stream.clone_htod(&[3.0f32, 4.0])?];
+    /// let mut clipper = Clipper::new(&stream)?;
+    /// let norm = clipper.total_norm(&grads, NormType::L2)?;
+    /// clipper.clip_with_norm(&mut grads, &norm, 1.0)?; // the norm stays on the device
+    /// clipper.clip_with_norm(&mut grads, norm.wait()?.total_norm, 1.0)?; // or comes from the host
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    pub fn clip_with_norm<'a, G: DeviceGradMut>(
+        &mut self,
+        grads: &mut [G],
+        total_norm: impl Into<TotalNorm<'a>>,
+        clip: impl Into<ClipNorm>,
+    ) -> Result<Pending<NormReport>> {
+        let (total_norm, clip) = (total_norm.into(), clip.into());
+        clip.validate()?;
+        total_norm.validate()?;
+        self.home.check()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather_mut(grads, &self.stream)?;
+        let pending = self.given_norm_stages(total_norm, &clip);
+        let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
+        let pending = pending?;
+        released?;
+        finish(pending, &clip)
+    }
+
+    /// What [`clip_grad_norm`](Self::clip_grad_norm) would multiply the gradients by, left on the device for an optimizer
+    /// that multiplies them itself; see [`cpu::clip_coef`](crate::cpu::clip_coef), and there what it gets by each policy.
+    ///
+    /// [`Pending::multiplier_address`] and [`Pending::multiplier_f32_address`] are where the optimizer's kernel reads the
+    /// factor, [`Pending::found_inf_address`] whether it has to leave the step out. The example `fused_adamw` has such a
+    /// kernel.
+    ///
+    /// Cost: reads each gradient once, writes nothing; two launches, no wait (but [`NonFinite::Error`] waits).
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm`](Self::clip_grad_norm).
+    ///
+    /// ```no_run
+    /// use gradclip::{cuda::{self, Clipper}, ClipNorm};
+    /// let stream = cuda::context(0)?.default_stream();
+    /// let grads = [stream.clone_htod(&[3.0f32, 4.0])?];
+    /// let mut clipper = Clipper::new(&stream)?;
+    /// let clipped = clipper.clip_coef(&grads, ClipNorm::new(1.0).loss_scale(1024.0))?;
+    /// let (multiplier, found_inf) = (clipped.multiplier_f32_address(), clipped.found_inf_address());
+    /// // ... the optimizer's kernel, on the same stream, reads an f32 at each ...
+    /// # let _ = (multiplier, found_inf);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    pub fn clip_coef<G: DeviceGrad>(&mut self, grads: &[G], clip: impl Into<ClipNorm>) -> Result<Pending<NormReport>> {
+        let clip = clip.into();
+        clip.validate()?;
+        self.home.check()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather(grads, &self.stream)?;
+        let pending = self.norm_stages(&clip, Applied::Nowhere);
+        let released = self.list.release(grads, &self.stream); // after an error too, as above
+        let pending = pending?;
+        released?;
+        finish(pending, &clip)
     }
 
     /// Limits each element to `[-v, v]`, or to the bounds of a [`ClipValue`]; see
@@ -208,7 +288,7 @@ impl Clipper {
         pending.and_then(|pending| released.map(|()| pending))
     }
 
-    /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 32 KiB for
+    /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 36 KiB for
     /// reports; 16 a tensor more once there were outputs.
     #[must_use]
     pub fn device_bytes(&self) -> usize {
@@ -240,15 +320,13 @@ impl Clipper {
         Ok(())
     }
 
-    fn norm_stages(&mut self, clip: &ClipNorm, apply: Apply) -> Result<Pending<NormReport>> {
-        let capturing = self.prepare()?;
-        if capturing && clip.nonfinite == NonFinite::Error {
-            return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
-        }
-        let outputs = if apply == Apply::OutOfPlace {
-            Some(self.outputs.prepare(self.list.tensors(), &self.plan, &self.stream, capturing)?)
-        } else {
-            None
+    fn norm_stages(&mut self, clip: &ClipNorm, applied: Applied) -> Result<Pending<NormReport>> {
+        let capturing = self.prepare_norm(clip)?;
+        let outputs = match applied {
+            Applied::OutOfPlace(_) => {
+                Some(self.outputs.prepare(self.list.tensors(), &self.plan, &self.stream, capturing)?)
+            }
+            _ => None,
         };
         let slot = self.reports.take(capturing)?;
         let report = self.reports.address(slot);
@@ -259,14 +337,30 @@ impl Clipper {
             .norm_partials(clip.norm_type, sums, scales)
             .and_then(|()| launcher.clip_coef(&params, sums, scales, report))
             .inspect_err(|_| self.reports.give_back(slot))?;
-        let applied = match (apply, outputs) {
-            (Apply::InPlace, _) => launcher.scale(report),
-            (_, Some(outputs)) => launcher.scale_into(outputs, params.nonfinite == nonfinite::SKIP, report),
-            _ => Ok(()),
+        // The slot stays taken after an error: a graph may write it by now.
+        match (applied, outputs) {
+            (Applied::InPlace, _) => launcher.scale(report)?,
+            (_, Some(outputs)) => launcher.scale_into(outputs, params.nonfinite == nonfinite::SKIP, report)?,
+            _ => {}
+        }
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()).applied(applied))
+    }
+
+    fn given_norm_stages(&mut self, total_norm: TotalNorm<'_>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
+        let capturing = self.prepare_norm(clip)?;
+        let (norm, norm_at) = match total_norm.0 {
+            Source::Value(norm) => (norm, 0),
+            Source::Address(address, _) => (0.0, address),
+            Source::Report(pending) => (0.0, pending.norm_for(&self.reports, capturing)?),
         };
-        applied?; // the slot stays taken: a graph may write it by now
-        let pending = Pending::new(self.reports.clone(), slot, self.plan.clone());
-        Ok(if outputs.is_some() { pending.of_outputs(clip.nonfinite) } else { pending })
+        let slot = self.reports.take(capturing)?;
+        let report = self.reports.address(slot);
+        let launcher = self.launcher();
+        launcher
+            .clip_coef_of_norm(&clip_params(clip), norm, norm_at, report)
+            .inspect_err(|_| self.reports.give_back(slot))?;
+        launcher.scale_any(report)?; // the slot stays taken, as above
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
     }
 
     fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {
@@ -279,6 +373,15 @@ impl Clipper {
             .and_then(|()| launcher.clamp_counts(counts, self.reports.address(slot)))
             .inspect_err(|_| self.reports.give_back(slot))?;
         Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+    }
+
+    /// [`prepare`](Self::prepare), for a call that may have to wait.
+    fn prepare_norm(&mut self, clip: &ClipNorm) -> Result<bool> {
+        let capturing = self.prepare()?;
+        if capturing && clip.nonfinite == NonFinite::Error {
+            return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
+        }
+        Ok(capturing)
     }
 
     /// Plan and workspace for the gathered list; whether the stream is capturing.
@@ -327,19 +430,11 @@ impl Clipper {
     }
 }
 
-/// Where stage 3 goes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Apply {
-    Nowhere,
-    InPlace,
-    OutOfPlace,
-}
-
-/// What [`NonFinite::Error`] has to wait for.
-fn wait_if_asked(pending: Pending<NormReport>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
+/// [`NonFinite::Error`] is to be told of the norm.
+fn finish(pending: Pending<NormReport>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
     if clip.nonfinite == NonFinite::Error {
         let report = pending.wait()?;
-        if !report.total_norm.is_finite() {
+        if report.found_inf {
             return Err(Error::NonFinite { total_norm: report.total_norm, tensor: report.first_nonfinite });
         }
     }
@@ -351,6 +446,8 @@ pub(super) fn clip_params(clip: &ClipNorm) -> ClipParams {
         max_norm: clip.max_norm,
         max_norm_at: clip.max_norm_at,
         eps: clip.eps,
+        loss_scale: clip.loss_scale,
+        loss_scale_at: clip.loss_scale_at,
         norm_type: clip.norm_type as u32,
         nonfinite: match clip.nonfinite {
             NonFinite::Skip | NonFinite::Error => nonfinite::SKIP,

@@ -24,7 +24,9 @@ pub fn compiler() -> &'static str {
 pub(crate) struct Kernels {
     norm_partials: [CUfunction; 3],
     pub clip_coef: CUfunction,
+    pub clip_coef_of_norm: CUfunction,
     pub scale: CUfunction,
+    pub scale_any: CUfunction,
     pub clamp: CUfunction,
     pub clamp_counts: CUfunction,
     modules: Modules,
@@ -45,7 +47,9 @@ impl Kernels {
         Ok(Self {
             norm_partials: modules.by_norm(norm_partials, "norm_partials")?,
             clip_coef: modules.function(clip_coef, "clip_coef")?,
+            clip_coef_of_norm: modules.function(clip_coef, "clip_coef_of_norm")?,
             scale: modules.function(scale, "scale")?,
+            scale_any: modules.function(scale, "scale_any")?,
             clamp: modules.function(clamp, "clamp")?,
             clamp_counts: modules.function(clamp, "clamp_counts")?,
             modules,

@@ -3,7 +3,7 @@
 use super::driver::driver_error;
 use super::kernels::Kernels;
 use super::outputs::Ready;
-use crate::abi::{ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS};
+use crate::abi::{ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS, WARP_THREADS};
 use crate::error::Result;
 use crate::options::NormType;
 use cudarc::driver::sys::CUfunction;
@@ -45,12 +45,34 @@ impl Launcher<'_> {
         unsafe { self.one_block("clip_coef", self.kernels.clip_coef, &mut args) }
     }
 
-    /// Applies the report to the gradients.
+    /// A norm, by value or (if not null) by address, to report.
+    pub(crate) fn clip_coef_of_norm(&self, params: &ClipParams, norm: f64, norm_at: u64, report: u64) -> Result<()> {
+        let mut args = [arg(&norm), arg(&norm_at), arg(params), arg(&report)];
+        let kernel = self.kernels.clip_coef_of_norm;
+        // SAFETY: the arguments mirror clip_coef_of_norm in kernels/clip_coef.cu; the norm is that of a report on this
+        // stream, or whoever made the `TotalNorm` vouches for it; the slot belongs to this call.
+        unsafe { launch(self.stream, "clip_coef_of_norm", kernel, (1, WARP_THREADS), &mut args) }
+    }
+
+    /// Applies the report to the gradients, which `clip_coef` has looked at.
     pub(crate) fn scale(&self, report: u64) -> Result<()> {
+        // SAFETY: the kernel is one of those below.
+        unsafe { self.apply("scale", self.kernels.scale, report) }
+    }
+
+    /// Applies the report to gradients that may hold NaN or Inf.
+    pub(crate) fn scale_any(&self, report: u64) -> Result<()> {
+        // SAFETY: the kernel is one of those below.
+        unsafe { self.apply("scale_any", self.kernels.scale_any, report) }
+    }
+
+    /// # Safety
+    /// `kernel` is scale or scale_any.
+    unsafe fn apply(&self, op: &'static str, kernel: CUfunction, report: u64) -> Result<()> {
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(&report)];
-        // SAFETY: the arguments mirror scale in kernels/scale.cu; the tensors are borrowed mutably by the caller, and do
-        // not overlap.
-        unsafe { self.over_tiles("scale", self.kernels.scale, self.in_place_blocks(), &mut args) }
+        // SAFETY: the arguments mirror those of both in kernels/scale.cu; the tensors are borrowed mutably by the caller,
+        // and do not overlap.
+        unsafe { self.over_tiles(op, kernel, self.in_place_blocks(), &mut args) }
     }
 
     /// Applies the report to the gradients, and writes their outputs. The grid is that of [`scale`](Self::scale).

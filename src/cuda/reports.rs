@@ -2,7 +2,7 @@
 
 use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread};
 use super::memory::DeviceBuffer;
-use crate::abi::ReportSlot;
+use crate::abi::{action, ReportSlot};
 use crate::clip_coef::out_of_place;
 use crate::error::{Error, Result};
 use crate::options::NonFinite;
@@ -131,6 +131,17 @@ impl Drop for ReportRing {
     }
 }
 
+/// What a call does with what its slot says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Applied {
+    /// Writes the gradients if it says to.
+    InPlace,
+    /// Writes nothing.
+    Nowhere,
+    /// Writes outputs, by this policy.
+    OutOfPlace(NonFinite),
+}
+
 /// The result of a call that may still be running. Dropping it costs nothing; the work goes on.
 ///
 /// The last [`REPORTS_KEPT`] reports of a clipper can be read, in any order, from any thread (but see
@@ -141,20 +152,24 @@ pub struct Pending<R> {
     ring: Arc<ReportRing>,
     slot: Slot,
     plan: Arc<Plan>,
-    /// The policy of a call that writes outputs.
-    outputs: Option<NonFinite>,
+    applied: Applied,
     report: PhantomData<R>,
 }
 
 impl<R: Report> Pending<R> {
     pub(crate) fn new(ring: Arc<ReportRing>, slot: Slot, plan: Arc<Plan>) -> Self {
-        Self { ring, slot, plan, outputs: None, report: PhantomData }
+        Self { ring, slot, plan, applied: Applied::InPlace, report: PhantomData }
+    }
+
+    /// Of a call that does something else with what the slot says.
+    pub(crate) fn applied(self, applied: Applied) -> Self {
+        Self { applied, ..self }
     }
 
     /// Waits for the stream, and reads the report. The only wait of this crate (with [`NonFinite::Error`], the clip
     /// itself calls it).
     ///
-    /// Cost: one copy of 64 bytes, one synchronisation of the stream.
+    /// Cost: one copy of 72 bytes, one synchronisation of the stream.
     ///
     /// # Errors
     /// [`Error::ReportExpired`] after [`REPORTS_KEPT`] later calls; [`Error::ReportNotReady`] for a captured call that no
@@ -164,30 +179,70 @@ impl<R: Report> Pending<R> {
     /// [`NonFinite::Error`]: crate::NonFinite::Error
     pub fn wait(&self) -> Result<R> {
         let mut slot = self.ring.read(self.slot)?;
-        if let Some(nonfinite) = self.outputs {
-            slot.action = out_of_place(slot.action, slot.total_norm, nonfinite);
-        }
+        slot.action = match self.applied {
+            Applied::InPlace => slot.action,
+            Applied::Nowhere => action::KEEP,
+            Applied::OutOfPlace(nonfinite) => out_of_place(slot.action, slot.total_norm, nonfinite),
+        };
         Ok(R::from_slot(&slot, &|tile| self.plan.tensor_of(tile)))
     }
 }
 
 impl Pending<NormReport> {
-    /// The same of a call that writes outputs: what `written` means there is other than in place.
-    pub(crate) fn of_outputs(mut self, nonfinite: NonFinite) -> Self {
-        self.outputs = Some(nonfinite);
-        self
-    }
-
     /// Device address of `total_norm`, an f64, for kernels later on the same stream. Valid until [`REPORTS_KEPT`] later
     /// calls of a living clipper; if the call was captured, as long as the context.
     #[must_use]
     pub fn total_norm_address(&self) -> u64 {
-        self.ring.address(self.slot) + std::mem::offset_of!(ReportSlot, total_norm) as u64
+        self.address_of(std::mem::offset_of!(ReportSlot, total_norm))
     }
 
     /// Device address of `clip_coef`, an f64, for kernels later on the same stream; validity as above.
     #[must_use]
     pub fn clip_coef_address(&self) -> u64 {
-        self.ring.address(self.slot) + std::mem::offset_of!(ReportSlot, clip_coef) as u64
+        self.address_of(std::mem::offset_of!(ReportSlot, clip_coef))
+    }
+
+    /// Device address of [`multiplier`](NormReport::multiplier), an f64: what an optimizer that multiplies by a scale
+    /// itself is to take after [`Clipper::clip_coef`](super::Clipper::clip_coef). For kernels later on the same stream;
+    /// validity as above.
+    #[must_use]
+    pub fn multiplier_address(&self) -> u64 {
+        self.address_of(std::mem::offset_of!(ReportSlot, multiplier))
+    }
+
+    /// Device address of the same as an f32, rounded to nearest: off by 2^-24 at most in the normal range of f32. Beyond
+    /// it, which takes a multiplier below 2^-126, it has fewer bits. Validity as above.
+    #[must_use]
+    pub fn multiplier_f32_address(&self) -> u64 {
+        self.address_of(std::mem::offset_of!(ReportSlot, multiplier_f32))
+    }
+
+    /// Device address of [`found_inf`](NormReport::found_inf) as PyTorch's fused optimizers take it: an f32 that is 1 if
+    /// the norm is NaN or infinite, else 0. For kernels later on the same stream; validity as above.
+    #[must_use]
+    pub fn found_inf_address(&self) -> u64 {
+        self.address_of(std::mem::offset_of!(ReportSlot, found_inf))
+    }
+
+    fn address_of(&self, field: usize) -> u64 {
+        self.ring.address(self.slot) + field as u64
+    }
+
+    /// [`total_norm_address`](Self::total_norm_address), for a call of the clipper that has `ring`.
+    pub(crate) fn norm_for(&self, ring: &Arc<ReportRing>, capturing: bool) -> Result<u64> {
+        if !Arc::ptr_eq(&self.ring, ring) {
+            let reason =
+                "was measured by another clipper, maybe on another stream; wait for it and give its value, or \
+                          order the streams and give its address";
+            return Err(Error::NormOutOfReach { reason });
+        }
+        self.ring.check_owner(self.slot)?;
+        if capturing && self.slot.owner != CAPTURED {
+            let reason =
+                "was measured outside of the capture, and its place will be used again before a replay; measure \
+                          it inside, or give its value";
+            return Err(Error::NormOutOfReach { reason });
+        }
+        Ok(self.total_norm_address())
     }
 }

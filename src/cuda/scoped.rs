@@ -276,7 +276,7 @@ pub struct PendingScoped {
 impl PendingScoped {
     /// Waits for the stream, and reads the reports of all groups.
     ///
-    /// Cost: one copy of 64 bytes for each group and 40 for each tensor, one synchronisation of the stream.
+    /// Cost: one copy of 72 bytes for each group and 40 for each tensor, one synchronisation of the stream.
     ///
     /// # Errors
     /// [`Error::ReportExpired`] after a later scoped call, and for a captured call that has not run;

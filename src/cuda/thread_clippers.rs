@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
 use crate::scope::Scope;
+use crate::total_norm::TotalNorm;
 use cudarc::driver::CudaStream;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -127,6 +128,34 @@ pub fn clip_grad_norm_by<G: DeviceGradMut>(
 ) -> Result<PendingScoped> {
     let clip = clip.into();
     with_clipper(stream, |clipper| clipper.clip_grad_norm_by(grads, scope, clip))
+}
+
+/// [`Clipper::clip_with_norm`] with this thread's clipper for `stream`, made on first use. A norm that stays on the
+/// device has to be that of another of these functions, in the same thread and on the same stream.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_with_norm`]; [`Error::ThreadEnding`].
+pub fn clip_with_norm<'a, G: DeviceGradMut>(
+    stream: &Arc<CudaStream>,
+    grads: &mut [G],
+    total_norm: impl Into<TotalNorm<'a>>,
+    clip: impl Into<ClipNorm>,
+) -> Result<Pending<NormReport>> {
+    let (total_norm, clip) = (total_norm.into(), clip.into());
+    with_clipper(stream, |clipper| clipper.clip_with_norm(grads, total_norm, clip))
+}
+
+/// [`Clipper::clip_coef`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_coef`]; [`Error::ThreadEnding`].
+pub fn clip_coef<G: DeviceGrad>(
+    stream: &Arc<CudaStream>,
+    grads: &[G],
+    clip: impl Into<ClipNorm>,
+) -> Result<Pending<NormReport>> {
+    let clip = clip.into();
+    with_clipper(stream, |clipper| clipper.clip_coef(grads, clip))
 }
 
 /// [`Clipper::clip_grad_value`] with this thread's clipper for `stream`, made on first use.

@@ -81,7 +81,10 @@ fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
         for norm_type in 0..3 {
-            cases.push((dtype, Operation::ClipNorm { max_norm: 1.0, eps: 0.0, norm_type, nonfinite: 0 }));
+            cases.push((
+                dtype,
+                Operation::ClipNorm { max_norm: 1.0, eps: 0.0, loss_scale: 1.0, norm_type, nonfinite: 0 },
+            ));
         }
         let clamp = Operation::Clamp { f64: [-9.0, 9.0], f32: [-9.0, 9.0], f16: [-1.0, 1.0], bf16: [-1.0, 1.0] };
         cases.push((dtype, clamp));

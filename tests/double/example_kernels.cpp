@@ -23,6 +23,7 @@ struct BlockDim {
 }  // namespace
 
 #include "../../examples/cuda_graph/linear.cu"
+#include "../../examples/fused_adamw/fused_adamw.cu"
 
 namespace gradclip {
 namespace host {
@@ -31,6 +32,9 @@ const HostKernel example_kernels[] = {
     host_kernel<&::forward>("forward", 32),
     host_kernel<&::backward>("backward", 32),
     host_kernel<&::step>("step", 32),
+    host_kernel<&::scale_residual>("scale_residual", 32),
+    host_kernel<&::begin_step>("begin_step", 32),
+    host_kernel<&::adamw_step>("adamw_step", 32),
     {},
 };
 

@@ -119,7 +119,8 @@ std::unique_ptr<T[]> filled(size_t count) {
 
 // As tests/support/runner.rs writes it.
 struct CaseHeader {
-  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts. 2: as 0, with scale_into
+  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts. 2: clip_coef_of_norm, scale_any.
+                  // 3: as 0, with scale_into
   u32 table_in_memory;
   u32 with_scales;
   u32 blocks;
@@ -127,6 +128,7 @@ struct CaseHeader {
   u32 num_tensors;
   ClipParams clip;
   ClampBounds bounds;
+  double total_norm;
 };
 
 class Case {
@@ -142,7 +144,7 @@ class Case {
       tensors_.emplace_back(new TensorMemory(misalign, numel * kElementBytes[dtype]));
       TensorMemory& tensor = *tensors_.back();
       in.bytes(tensor.data(), tensor.bytes());
-      if (header_.operation == 2) {
+      if (header_.operation == 3) {
         const u32 output_dtype = in.get<u32>();
         const u32 output_misalign = in.get<u32>();
         if (output_dtype > kBF16) fail("no such dtype");
@@ -162,7 +164,7 @@ class Case {
   void run() {
     const Order order = {header_.reversed != 0, header_.reversed != 0};
     const u32 blocks = header_.blocks;
-    if (header_.operation != 1) {
+    if (header_.operation == 0 || header_.operation == 3) {
       static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf"};
       if (header_.clip.norm_type > kInf) fail("no such norm");
       int* scales = header_.with_scales ? scales_.get() : nullptr;
@@ -178,6 +180,11 @@ class Case {
             .add(table()).add(num_tiles_).add(output_descs_.data()).add(skip_nonfinite).add(report_.get())
             .run(blocks, order);
       }
+    } else if (header_.operation == 2) {
+      const double* const nowhere = nullptr;
+      Arguments("clip_coef_of_norm")
+          .add(header_.total_norm).add(nowhere).add(header_.clip).add(report_.get()).run(1, order);
+      Arguments("scale_any").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
     } else {
       Arguments("clamp").add(table()).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
       Arguments("clamp_counts").add(counts_.get()).add(num_tiles_).add(report_.get()).run(1, order);

@@ -59,8 +59,23 @@ fn repeated_calls_only_launch() {
                 // The first call may allocate and copy the table, once; it never waits.
                 assert_eq!((first.launches, first.syncs, first.dtoh_calls), (3, 0, 0), "{count} tensors");
                 assert_eq!(first.htod_calls, u64::from(count > 160), "{count} tensors");
-                for (launches, name) in [(3, "norm"), (2, "value"), (2, "measure")] {
+                let unscale = ClipNorm::new(1.0).loss_scale(1024.0);
+                let norm = bench.clipper.total_norm(grads, NormType::L2).unwrap();
+                let calls = [
+                    (3, "norm"),
+                    (3, "unscale"),
+                    (2, "value"),
+                    (2, "measure"),
+                    (2, "coef"),
+                    (2, "given"),
+                    (2, "number"),
+                ];
+                for (launches, name) in calls {
                     let counters = bench.count(|clipper| match name {
+                        "unscale" => drop(clipper.clip_grad_norm(grads, unscale).unwrap()),
+                        "coef" => drop(clipper.clip_coef(grads, unscale).unwrap()),
+                        "given" => drop(clipper.clip_with_norm(grads, &norm, 1.0).unwrap()),
+                        "number" => drop(clipper.clip_with_norm(grads, 5.0, unscale).unwrap()),
                         "norm" => drop(clipper.clip_grad_norm(grads, 1.0).unwrap()),
                         "value" => drop(clipper.clip_grad_value(grads, 0.5).unwrap()),
                         _ => drop(clipper.total_norm(grads, NormType::L1).unwrap()),
@@ -150,8 +165,12 @@ fn an_empty_list_still_reports() {
             assert_eq!((report.total_norm, report.written), (0.0, false));
             let report = clipper.clip_grad_value(none, ClipValue::new(1.0)).unwrap().wait().unwrap();
             assert_eq!((report.clipped, report.written), (0, false));
+            let report = clipper.clip_with_norm(none, 5.0, 1.0).unwrap().wait().unwrap();
+            assert_eq!((report.total_norm, report.clip_coef), (5.0, 0.2));
+            let report = clipper.clip_coef(none, ClipNorm::new(1.0).loss_scale(2.0)).unwrap().wait().unwrap();
+            assert_eq!((report.total_norm, report.multiplier), (0.0, 0.5));
         });
-        assert_eq!(counters.launches, 2); // only the ones that make the report
+        assert_eq!(counters.launches, 4); // only the ones that make the report
     });
 }
 
@@ -163,7 +182,7 @@ fn reading_the_report_is_one_copy_and_one_wait() {
         let mut pending = None;
         device.with(&list, |grads| pending = Some(bench.clipper.clip_grad_norm(grads, 1.0).unwrap()));
         let counters = bench.count(|_| pending.unwrap().wait().unwrap());
-        assert_eq!((counters.launches, counters.dtoh_calls, counters.dtoh_bytes), (0, 1, 64));
+        assert_eq!((counters.launches, counters.dtoh_calls, counters.dtoh_bytes), (0, 1, 72));
         // A copy to pageable memory waits too.
         assert!(counters.syncs <= 2);
     });

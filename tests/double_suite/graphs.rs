@@ -4,7 +4,7 @@ use crate::suite::data::{tensor, Tensor};
 use crate::suite::device::OnDevice;
 use crate::support::double;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use gradclip::cuda::{self, Clipper};
 use gradclip::{ClipNorm, Dtype, Error, NonFinite, NormType};
 use std::sync::Arc;
@@ -89,6 +89,36 @@ fn captured_calls_out_of_place_keep_their_outputs() {
         }
     }
     assert_eq!(double.violated_guards(), 0);
+}
+
+/// Threshold, loss scale and the two halves of a split call, in one graph: replays follow what is on the device.
+#[test]
+fn a_captured_step_follows_the_loss_scale() {
+    let Some(_double) = double::lock() else { return };
+    let stream = stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let mut list = grads(&stream, 1);
+    let mut scale = stream.clone_htod(&[1.0f32]).unwrap();
+    // SAFETY: `scale` outlives the graph, and is written in the order of the stream only.
+    let clip = unsafe { ClipNorm::new(2.5).loss_scale_at(scale.device_ptr(&stream).0) };
+    let eager = clipper.total_norm(&list, NormType::L2).unwrap();
+    stream.begin_capture(MODE).unwrap();
+    let norm = clipper.total_norm(&list, NormType::L2).unwrap();
+    let error = clipper.clip_with_norm(&mut list, &eager, clip).unwrap_err();
+    assert!(matches!(error, Error::NormOutOfReach { .. }), "{error}");
+    let coef = clipper.clip_coef(&list, clip).unwrap();
+    let clipped = clipper.clip_with_norm(&mut list, &norm, clip).unwrap();
+    let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+    for (loss_scale, multiplier) in [(1.0f32, 0.5), (1024.0, 0.5 / 1024.0), (0.5, 0.5 / 0.5), (3.0, 0.5 / 3.0)] {
+        stream.memcpy_htod(&[loss_scale], &mut scale).unwrap();
+        stream.memcpy_htod(&[3.0 * loss_scale, 4.0 * loss_scale], &mut list[0]).unwrap();
+        graph.launch().unwrap();
+        let report = clipped.wait().unwrap();
+        assert_eq!((report.total_norm, report.multiplier), (5.0, multiplier));
+        assert_eq!(coef.wait().unwrap().multiplier, multiplier);
+        assert_eq!(norm.wait().unwrap().total_norm, 5.0 * f64::from(loss_scale));
+        assert_eq!(stream.clone_dtoh(&list[0]).unwrap(), [1.5, 2.0]);
+    }
 }
 
 /// After a capture the clipper goes on with other and longer lists; the graph must not notice.

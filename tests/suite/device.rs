@@ -3,7 +3,7 @@
 use super::data::{Tensor, Values};
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 use gradclip::cuda::{Clipper, DeviceGradMut};
-use gradclip::{ClipNorm, ClipValue, NormReport, NormType, Result, ValueReport};
+use gradclip::{ClipNorm, ClipValue, NormReport, NormType, Result, TotalNorm, ValueReport};
 use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
@@ -118,7 +118,7 @@ impl OnDevice {
     }
 }
 
-/// The three verbs on a device, in the shape of those on the CPU.
+/// The verbs on a device, in the shape of those on the CPU.
 pub fn clip_grad_norm(clipper: &mut Clipper, list: &mut [Tensor], clip: ClipNorm) -> Result<NormReport> {
     let mut device = OnDevice::upload(clipper.stream(), list);
     let report = device.with(list, |grads| clipper.clip_grad_norm(grads, clip)).and_then(|pending| pending.wait());
@@ -130,6 +130,29 @@ pub fn clip_grad_value(clipper: &mut Clipper, list: &mut [Tensor], clip: ClipVal
     let mut device = OnDevice::upload(clipper.stream(), list);
     let report = device.with(list, |grads| clipper.clip_grad_value(grads, clip)).and_then(|pending| pending.wait());
     device.download(list);
+    report
+}
+
+pub fn clip_with_norm<'a>(
+    clipper: &mut Clipper,
+    list: &mut [Tensor],
+    total_norm: impl Into<TotalNorm<'a>>,
+    clip: ClipNorm,
+) -> Result<NormReport> {
+    let mut device = OnDevice::upload(clipper.stream(), list);
+    let pending = device.with(list, |grads| clipper.clip_with_norm(grads, total_norm, clip));
+    let report = pending.and_then(|pending| pending.wait());
+    device.download(list);
+    report
+}
+
+/// Panics if a gradient was written.
+pub fn clip_coef(clipper: &mut Clipper, list: &[Tensor], clip: ClipNorm) -> Result<NormReport> {
+    let mut device = OnDevice::upload(clipper.stream(), list);
+    let report = device.with(list, |grads| clipper.clip_coef(grads, clip)).and_then(|pending| pending.wait());
+    let mut after = list.to_vec();
+    device.download(&mut after);
+    assert_eq!(super::data::bits(&after), super::data::bits(list), "clip_coef writes nothing");
     report
 }
 

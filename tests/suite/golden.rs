@@ -12,6 +12,10 @@ fn run(clipper: &mut Clipper, case: &Case) -> Outcome {
     let answer = match case.op {
         Op::TotalNorm(norm_type) => device::total_norm(clipper, &list, norm_type).map(Answer::Norm),
         Op::ClipNorm { .. } => device::clip_grad_norm(clipper, &mut list, case.clip_norm().unwrap()).map(Answer::Norm),
+        Op::ClipWithNorm { total_norm, .. } => {
+            let clip = case.clip_norm().unwrap();
+            device::clip_with_norm(clipper, &mut list, total_norm, clip).map(Answer::Norm)
+        }
         Op::ClipValue { .. } => {
             device::clip_grad_value(clipper, &mut list, case.clip_value().unwrap()).map(Answer::Value)
         }
@@ -44,6 +48,16 @@ fn values_and_bounds() {
 #[test]
 fn random_lists() {
     check_on_device("random.json");
+}
+
+#[test]
+fn loss_scales() {
+    check_on_device("loss_scale.json");
+}
+
+#[test]
+fn given_norms() {
+    check_on_device("given_norm.json");
 }
 
 #[test]

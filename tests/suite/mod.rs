@@ -6,13 +6,19 @@ pub mod data;
 pub mod device;
 
 pub mod example_cuda_graph;
+pub mod example_fused_adamw;
 mod golden;
 mod into;
 mod parity;
 mod scoped;
 mod semantics;
 
-/// The training of the example, to run it here.
+/// The training of the examples, to run it here.
 #[path = "../../examples/cuda_graph/train.rs"]
 #[allow(dead_code)]
 mod cuda_graph;
+#[path = "../../examples/fused_adamw/train.rs"]
+#[allow(dead_code)]
+mod fused_adamw;
+#[path = "../../examples/cuda_graph/linear.rs"]
+mod linear;

@@ -9,8 +9,9 @@ use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType}
 const NORM_TYPES: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
 
 /// A report with NaN made comparable.
-fn report_bits(report: &NormReport) -> (u64, u64, bool, Option<usize>) {
-    (report.total_norm.to_bits(), report.clip_coef.to_bits(), report.written, report.first_nonfinite)
+fn report_bits(report: &NormReport) -> ([u64; 3], [bool; 2], Option<usize>) {
+    let numbers = [report.total_norm, report.clip_coef, report.multiplier].map(f64::to_bits);
+    (numbers, [report.found_inf, report.written], report.first_nonfinite)
 }
 
 fn assert_norm_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipNorm, what: &str) -> NormReport {
@@ -20,6 +21,15 @@ fn assert_norm_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipNorm, wh
     assert_eq!(report_bits(&got), report_bits(&expected), "{what}: {got:?} on the device, {expected:?} on the CPU");
     assert_eq!(bits(&on_device), bits(&on_cpu), "{what}");
     expected
+}
+
+/// Clips by a norm that is given.
+fn assert_given_parity(clipper: &mut Clipper, list: &[Tensor], total_norm: f64, clip: ClipNorm, what: &str) {
+    let (mut on_cpu, mut on_device) = (list.to_vec(), list.to_vec());
+    let expected = cpu::clip_with_norm(&mut on_cpu, total_norm, clip).unwrap();
+    let got = device::clip_with_norm(clipper, &mut on_device, total_norm, clip).unwrap();
+    assert_eq!(report_bits(&got), report_bits(&expected), "{what}: {got:?} on the device, {expected:?} on the CPU");
+    assert_eq!(bits(&on_device), bits(&on_cpu), "{what}");
 }
 
 fn assert_value_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipValue, what: &str) {
@@ -252,6 +262,68 @@ fn all_bit_patterns() {
             }
             for bound in [0.0, 1e-7, 0.1, 1.0, 300.0, 1e30] {
                 assert_value_parity(clipper, &list, ClipValue::new(bound), &format!("bound {bound:e}"));
+            }
+        }
+    });
+}
+
+/// Loss scales on both sides of 1 and at both ends of f64, with thresholds that clip, do not, and only unscale, and every
+/// policy; and the same without a write.
+#[test]
+fn loss_scales_agree_with_the_cpu() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(8);
+        let scales = [1.0, 65536.0, 3.0, 0.3, 1e-7, 2f64.powi(-60), 2f64.powi(-61), 1e-200, 1e18, 2f64.powi(61), 1e200];
+        for dtype in DTYPES {
+            let good = vec![source.tensor(dtype, 9000, 1), tensor(dtype, &[]), tensor(Dtype::F16, &[-0.0, 6e-8])];
+            for special in [0.0, f64::NAN, f64::NEG_INFINITY] {
+                let mut list = good.clone();
+                list.push(tensor(dtype, &[1.0, special, 2.0]));
+                let norm = cpu::total_norm(&list, NormType::L2).unwrap().total_norm;
+                let norm = if norm.is_finite() { norm } else { 1.0 };
+                for scale in scales.into_iter().chain([f64::MIN_POSITIVE, f64::MAX]) {
+                    for max_norm in [norm / scale / 3.0, norm / scale * 3.0, 0.0, f64::INFINITY] {
+                        for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
+                            let clip = ClipNorm::new(max_norm).loss_scale(scale).nonfinite(policy);
+                            let what = format!("{dtype}, {special}: {clip:?}");
+                            let mut written = assert_norm_parity(clipper, &list, clip, &what);
+                            let expected = cpu::clip_coef(&list, clip).unwrap();
+                            let got = device::clip_coef(clipper, &list, clip).unwrap();
+                            assert_eq!(report_bits(&got), report_bits(&expected), "{what}");
+                            written.written = false;
+                            assert_eq!(report_bits(&got), report_bits(&written), "{what}");
+                            if special != 0.0 && policy != NonFinite::Skip {
+                                continue; // a given norm knows nothing of the list's own
+                            }
+                            assert_given_parity(clipper, &list, norm, clip, &what);
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Every f16 and bf16, NaN and Inf too, and as many f32 and f64: through the scale that looks at each element.
+#[test]
+fn all_bit_patterns_by_a_given_norm() {
+    with_clipper(|clipper| {
+        let all: Vec<u64> = (0..=u64::from(u16::MAX)).collect();
+        let lists = [
+            Values::from_bits(Dtype::F16, all.iter().copied()),
+            Values::from_bits(Dtype::BF16, all.iter().copied()),
+            Values::from_bits(Dtype::F32, all.iter().map(|&b| b << 16 | 0x8001)),
+            Values::from_bits(Dtype::F64, all.iter().map(|&b| b << 48 | 0x8001)),
+        ];
+        for values in lists {
+            let list = [Tensor { values, offset: 1 }];
+            for total_norm in [0.5, 1.0, 3.0, 1e5, 2f64.powi(60), 2f64.powi(61), 1e300, f64::INFINITY, f64::NAN] {
+                for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
+                    for (max_norm, scale) in [(1.0, 1.0), (0.0, 1.0), (1.0, 1e-3), (f64::INFINITY, 1e30)] {
+                        let clip = ClipNorm::new(max_norm).loss_scale(scale).nonfinite(policy);
+                        assert_given_parity(clipper, &list, total_norm, clip, &format!("{total_norm}: {clip:?}"));
+                    }
+                }
             }
         }
     });

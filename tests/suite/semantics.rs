@@ -5,7 +5,7 @@ use super::device::{self, OnDevice};
 use crate::backend::with_clipper;
 use cudarc::driver::DevicePtr;
 use gradclip::cuda::{DeviceGradMut, RawGrad};
-use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormType};
+use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormType, TotalNorm};
 
 fn clip(list: &mut [Tensor], clip: ClipNorm, clipper: &mut gradclip::cuda::Clipper) -> gradclip::NormReport {
     device::clip_grad_norm(clipper, list, clip).unwrap()
@@ -234,11 +234,234 @@ fn a_threshold_by_device_address() {
     });
 }
 
+/// Reads what lies at a device address.
+fn at<T: cudarc::driver::DeviceRepr>(clipper: &gradclip::cuda::Clipper, address: u64) -> T {
+    let stream = clipper.stream();
+    // SAFETY: a value of this type on the device, alive with the clipper; leaked below, so not freed twice.
+    let value = unsafe { stream.upgrade_device_ptr::<T>(address, 1) };
+    let copy = stream.clone_dtoh(&value).unwrap().remove(0);
+    value.leak();
+    copy
+}
+
+/// A norm that stays on the device between two calls, in a number, and at an address: the same. Only what is given counts,
+/// not what is in the list.
+#[test]
+fn a_given_norm() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut grads = [stream.clone_htod(&[3.0f32, 4.0]).unwrap()];
+        let norm = clipper.total_norm(&grads, NormType::L2).unwrap();
+        let value = stream.clone_htod(&[5.0f64]).unwrap();
+        // SAFETY: `value` outlives the clipper's work, and nothing writes it.
+        let by_address = unsafe { TotalNorm::at(value.device_ptr(&stream).0) };
+        for total_norm in [TotalNorm::from(&norm), by_address, 5.0.into(), 5.0f32.into()] {
+            stream.memcpy_htod(&[3.0f32, 4.0], &mut grads[0]).unwrap();
+            let within = clipper.clip_with_norm(&mut grads, total_norm, 5.0).unwrap().wait().unwrap();
+            assert_eq!((within.total_norm, within.written), (5.0, false));
+            assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [3.0, 4.0]);
+            let report = clipper.clip_with_norm(&mut grads, total_norm, 2.5).unwrap().wait().unwrap();
+            assert_eq!((report.total_norm, report.clip_coef, report.multiplier), (5.0, 0.5, 0.5));
+            assert_eq!((report.written, report.found_inf, report.first_nonfinite), (true, false, None));
+            assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [1.5, 2.0]);
+        }
+        // SAFETY: refused before anything is read.
+        for address in [0, value.device_ptr(&stream).0 + 4] {
+            let error = clipper.clip_with_norm(&mut grads, unsafe { TotalNorm::at(address) }, 1.0).unwrap_err();
+            assert!(matches!(error, Error::ThresholdAddress { name: "total_norm", .. }), "{error}");
+        }
+        assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [1.5, 2.0]);
+    });
+}
+
+/// A finite norm of other gradients, over a list with NaN and Inf: multiplied like all. A norm that is not finite: the
+/// policy. A negative one: refused, and on the device NaN.
+#[test]
+fn a_given_norm_beside_nan_and_inf() {
+    with_clipper(|clipper| {
+        for dtype in super::data::DTYPES {
+            let list =
+                || [tensor(dtype, &[2.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0]), tensor(dtype, &[8.0])];
+            let mut scaled = list();
+            let report = device::clip_with_norm(clipper, &mut scaled, 4.0, ClipNorm::new(1.0)).unwrap();
+            assert_eq!((report.found_inf, report.first_nonfinite, report.written), (false, None, true));
+            assert_eq!(scaled[1].values.values(), [2.0]);
+            let values = scaled[0].values.values();
+            assert!(values[1].is_nan() && values[4].to_bits() == (-0.0f64).to_bits());
+            assert_eq!([values[0], values[2], values[3]], [0.5, f64::INFINITY, f64::NEG_INFINITY]);
+            for (total_norm, policy, expected) in [
+                (f64::NAN, NonFinite::Skip, 8.0),
+                (f64::INFINITY, NonFinite::Zero, 0.0),
+                (f64::INFINITY, NonFinite::Propagate, 0.0),
+            ] {
+                let mut list = list();
+                let clip = ClipNorm::new(1.0).nonfinite(policy);
+                let report = device::clip_with_norm(clipper, &mut list, total_norm, clip).unwrap();
+                assert_eq!((report.found_inf, report.written), (true, policy != NonFinite::Skip));
+                assert_eq!(list[1].values.values(), [expected], "{total_norm} {policy:?}");
+            }
+            let mut untouched = list();
+            let waits = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+            let error = device::clip_with_norm(clipper, &mut untouched, f64::INFINITY, waits).unwrap_err();
+            assert_eq!(error, Error::NonFinite { total_norm: f64::INFINITY, tensor: None });
+            let error = device::clip_with_norm(clipper, &mut untouched, -1.0, ClipNorm::new(1.0)).unwrap_err();
+            assert_eq!(
+                error,
+                Error::InvalidThreshold { name: "total_norm", expected: "zero, positive, or not finite", got: -1.0 }
+            );
+            assert_eq!(bits(&untouched), bits(&list()));
+        }
+        let stream = clipper.stream().clone();
+        let negative = stream.clone_htod(&[-1.0f64]).unwrap();
+        let mut list = [tensor(Dtype::F32, &[8.0])];
+        // SAFETY: `negative` outlives the call.
+        let total_norm = unsafe { TotalNorm::at(negative.device_ptr(&stream).0) };
+        let report = device::clip_with_norm(clipper, &mut list, total_norm, ClipNorm::new(1.0)).unwrap();
+        assert!(report.total_norm.is_nan() && report.found_inf && !report.written);
+    });
+}
+
+/// Reports that have expired, or belong to another clipper, are refused before they are read.
+#[test]
+fn a_given_norm_that_is_out_of_reach() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut grads = [stream.clone_htod(&[3.0f32, 4.0]).unwrap()];
+        let oldest = clipper.total_norm(&grads, NormType::L2).unwrap();
+        for _ in 0..gradclip::REPORTS_KEPT - 1 {
+            clipper.total_norm(&grads, NormType::L2).unwrap();
+        }
+        // This call takes the slot that it reads.
+        assert_eq!(clipper.clip_with_norm(&mut grads, &oldest, 2.5).unwrap().wait().unwrap().total_norm, 5.0);
+        assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [1.5, 2.0]);
+        assert_eq!(clipper.clip_with_norm(&mut grads, &oldest, 1.0).unwrap_err(), Error::ReportExpired);
+        let mut other = gradclip::cuda::Clipper::new(&stream).unwrap();
+        let foreign = other.total_norm(&grads, NormType::L2).unwrap();
+        let error = clipper.clip_with_norm(&mut grads, &foreign, 1.0).unwrap_err();
+        assert!(matches!(error, Error::NormOutOfReach { .. }), "{error}");
+        assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [1.5, 2.0]);
+    });
+}
+
+#[test]
+fn a_loss_scale() {
+    with_clipper(|clipper| {
+        let mut list = [tensor(Dtype::F16, &[3072.0, -0.0]), tensor(Dtype::F32, &[-4096.0])];
+        let scaled = bits(&list);
+        let report = clip(&mut list, ClipNorm::new(10.0).loss_scale(1024.0), clipper);
+        assert_eq!((report.total_norm, report.clip_coef, report.multiplier), (5.0, 1.0, 1.0 / 1024.0));
+        assert_eq!((report.written, report.found_inf), (true, false));
+        assert_eq!((list[0].values.values(), list[1].values.values()), (vec![3.0, -0.0], vec![-4.0]));
+        // A loss scale of 1 is none.
+        let before = bits(&list);
+        assert!(!clip(&mut list, ClipNorm::new(10.0).loss_scale(1.0), clipper).written);
+        assert_eq!(bits(&list), before);
+        // An overflow: the scale stays in, or all becomes 0, also where nothing would be clipped.
+        for (policy, max_norm) in [(NonFinite::Skip, 1.0), (NonFinite::Zero, 1.0), (NonFinite::Zero, f64::INFINITY)] {
+            let mut list = [tensor(Dtype::F16, &[3072.0, -0.0]), tensor(Dtype::F32, &[f64::INFINITY])];
+            let before = bits(&list);
+            let clip_norm = ClipNorm::new(max_norm).loss_scale(1024.0).nonfinite(policy);
+            let report = clip(&mut list, clip_norm, clipper);
+            assert_eq!((report.found_inf, report.first_nonfinite), (true, Some(1)));
+            let expected = if policy == NonFinite::Zero { vec![vec![0, 0], vec![0]] } else { before };
+            assert_eq!(bits(&list), expected);
+        }
+        for bad in [0.0, -2.0, f64::NAN, f64::INFINITY, 1e-310] {
+            let error = device::clip_grad_norm(clipper, &mut list, ClipNorm::new(1.0).loss_scale(bad)).unwrap_err();
+            assert!(matches!(error, Error::InvalidThreshold { name: "loss_scale", .. }), "{error}");
+        }
+        assert_ne!(bits(&list), scaled);
+        assert_eq!(bits(&list), before);
+    });
+}
+
+/// The loss scale where the device finds it: as good as by value; one that is none is an overflow.
+#[test]
+fn a_loss_scale_by_device_address() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let mut scale = stream.clone_htod(&[1.0f32]).unwrap();
+        let address = scale.device_ptr(&stream).0;
+        // SAFETY: `scale` outlives the clipper's work, and is written in the order of the stream only.
+        let on_device = |max_norm| unsafe { ClipNorm::new(max_norm).loss_scale_at(address) };
+        for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
+            for values in [[3.0, 4.0], [3.0, f64::NAN], [f64::INFINITY, 1.0]] {
+                for loss_scale in [1.0f32, 65536.0, 0.1, 3.0e38] {
+                    stream.memcpy_htod(&[loss_scale], &mut scale).unwrap();
+                    for max_norm in [1e-5, 1.0, f64::INFINITY] {
+                        let (mut a, mut b) = ([tensor(Dtype::F32, &values)], [tensor(Dtype::F32, &values)]);
+                        let by_value = ClipNorm::new(max_norm).loss_scale(loss_scale.into()).nonfinite(policy);
+                        let by_address = clip(&mut a, on_device(max_norm).nonfinite(policy), clipper);
+                        let by_value = clip(&mut b, by_value, clipper);
+                        assert_eq!(format!("{by_address:?}"), format!("{by_value:?}"), "{loss_scale}"); // NaN, too
+                        assert_eq!(bits(&a), bits(&b), "{loss_scale} {max_norm} {policy:?} {values:?}");
+                    }
+                }
+            }
+            for bad in [0.0, -1.0, f32::NAN, f32::INFINITY, -0.0] {
+                stream.memcpy_htod(&[bad], &mut scale).unwrap();
+                for max_norm in [1.0, f64::INFINITY] {
+                    let mut list = [tensor(Dtype::F32, &[3.0, 4.0])];
+                    let report = clip(&mut list, on_device(max_norm).nonfinite(policy), clipper);
+                    assert!(report.total_norm.is_nan() && report.found_inf, "{report:?}");
+                    assert_eq!((report.first_nonfinite, report.written), (None, policy != NonFinite::Skip));
+                    let values = list[0].values.values();
+                    match policy {
+                        NonFinite::Skip => assert_eq!(values, [3.0, 4.0]),
+                        NonFinite::Zero => assert_eq!(values, [0.0, 0.0]),
+                        _ => assert!(values.iter().all(|x| x.is_nan())),
+                    }
+                }
+            }
+        }
+        // SAFETY: refused before anything is read.
+        let bad = unsafe { ClipNorm::new(1.0).loss_scale_at(address + 2) };
+        let mut list = [tensor(Dtype::F32, &[3.0, 4.0])];
+        let error = device::clip_grad_norm(clipper, &mut list, bad).unwrap_err();
+        assert!(matches!(error, Error::ThresholdAddress { name: "loss_scale", .. }), "{error}");
+        let error = gradclip::cpu::clip_grad_norm(&mut [[3.0f32]], on_device(1.0)).unwrap_err();
+        assert!(matches!(error, Error::ThresholdAddress { name: "loss_scale", .. }), "{error}");
+        let error = gradclip::cpu::clip_with_norm(&mut [[3.0f32]], 1.0, on_device(1.0)).unwrap_err();
+        assert!(matches!(error, Error::ThresholdAddress { name: "loss_scale", .. }), "{error}");
+    });
+}
+
+/// What an optimizer finds on the device by each policy, in its own type.
+#[test]
+fn the_multiplier_and_found_inf_by_device_address() {
+    with_clipper(|clipper| {
+        let stream = clipper.stream().clone();
+        let nan = f64::NAN;
+        for (second, policy, multiplier, found_inf) in [
+            (4.0f32, NonFinite::Skip, 0.2 / 1000.0, 0.0f32),
+            (f32::NAN, NonFinite::Skip, 1.0, 1.0),
+            (f32::INFINITY, NonFinite::Zero, 0.0, 1.0),
+            (f32::INFINITY, NonFinite::Propagate, 0.0, 1.0),
+            (f32::NAN, NonFinite::Propagate, nan, 1.0),
+        ] {
+            let grads = [stream.clone_htod(&[3000.0f32, 1000.0 * second]).unwrap()];
+            let clip = ClipNorm::new(1.0).loss_scale(1000.0).nonfinite(policy);
+            let pending = clipper.clip_coef(&grads, clip).unwrap();
+            let same = |a: f64, b: f64| a == b || (a.is_nan() && b.is_nan());
+            assert!(same(at(clipper, pending.multiplier_address()), multiplier), "{second} {policy:?}");
+            let single: f32 = at(clipper, pending.multiplier_f32_address());
+            assert!(same(single.into(), f64::from(multiplier as f32)), "{second} {policy:?}");
+            assert_eq!(at::<f32>(clipper, pending.found_inf_address()), found_inf, "{second} {policy:?}");
+            let report = pending.wait().unwrap();
+            assert!(same(report.multiplier, multiplier) && !report.written, "{report:?}");
+            assert_eq!((report.found_inf, stream.clone_dtoh(&grads[0]).unwrap()[0]), (found_inf == 1.0, 3000.0));
+        }
+        let bad = [stream.clone_htod(&[f32::NAN]).unwrap()];
+        let waits = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+        assert!(matches!(clipper.clip_coef(&bad, waits).unwrap_err(), Error::NonFinite { tensor: Some(0), .. }));
+    });
+}
+
 #[test]
 fn workspace_stays_within_what_is_documented() {
     with_clipper(|clipper| {
         let reports = clipper.device_bytes();
-        assert_eq!(reports, 32 * 1024);
+        assert_eq!(reports, 36 * 1024);
         let list: Vec<Tensor> = (0..500).map(|i| tensor([Dtype::F32, Dtype::F64][i % 2], &[1.0; 20])).collect();
         device::total_norm(clipper, &list, NormType::L2).unwrap();
         let used = clipper.device_bytes() - reports;

@@ -9,7 +9,7 @@ mod read;
 
 pub use read::{folder, read};
 
-use super::format::{product, within_one_unit, Format};
+use super::format::{nearest, product, within_one_unit, Format};
 use super::tensor::{bits_of, first_nonfinite, Tensor};
 use super::tolerance;
 use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, ValueReport};
@@ -31,6 +31,13 @@ pub enum Op {
     ClipNorm {
         max_norm: f64,
         norm_type: NormType,
+        eps: f64,
+        loss_scale: f64,
+        nonfinite: NonFinite,
+    },
+    ClipWithNorm {
+        total_norm: f64,
+        max_norm: f64,
         eps: f64,
         nonfinite: NonFinite,
     },
@@ -54,14 +61,40 @@ pub enum Answer {
 }
 
 impl Case {
-    /// The options of `clip_grad_norm`.
+    /// The options of `clip_grad_norm` or `clip_with_norm`.
     pub fn clip_norm(&self) -> Option<ClipNorm> {
         match self.op {
-            Op::ClipNorm { max_norm, norm_type, eps, nonfinite } => {
-                let clip = ClipNorm::new(max_norm).norm_type(norm_type).nonfinite(nonfinite);
+            Op::ClipNorm { max_norm, norm_type, eps, loss_scale, nonfinite } => {
+                let clip = ClipNorm::new(max_norm).norm_type(norm_type).loss_scale(loss_scale).nonfinite(nonfinite);
                 Some(if eps == ClipNorm::TORCH_EPS { clip.torch_compatible() } else { clip.eps(eps) })
             }
+            Op::ClipWithNorm { max_norm, eps, nonfinite, .. } => {
+                Some(ClipNorm::new(max_norm).eps(eps).nonfinite(nonfinite))
+            }
             _ => None,
+        }
+    }
+
+    /// Of the gradients as they are, for `clip_with_norm`.
+    pub fn given_norm(&self) -> Option<f64> {
+        match self.op {
+            Op::ClipWithNorm { total_norm, .. } => Some(total_norm),
+            _ => None,
+        }
+    }
+
+    fn loss_scale(&self) -> f64 {
+        match self.op {
+            Op::ClipNorm { loss_scale, .. } => loss_scale,
+            _ => 1.0,
+        }
+    }
+
+    /// What a report has to say.
+    fn first_nonfinite(&self) -> Option<usize> {
+        match self.op {
+            Op::ClipWithNorm { .. } => None, // nobody looked
+            _ => first_nonfinite(&self.grads),
         }
     }
 
@@ -86,6 +119,7 @@ pub struct Golden {
     pub peer_norm: Option<f64>,
     pub peer_grads: Option<Vec<Tensor>>,
     pub peer_differs: Option<String>,
+    pub peer_found_inf: Option<bool>,
 }
 
 /// How many cases were judged.
@@ -159,7 +193,7 @@ fn judge(golden: &Golden, run: &impl Fn(&Case) -> Outcome) -> Verdict {
             &outcome(),
             |error| matches!(error, Error::InvalidThreshold { name: "max_norm", got, .. } if same(*got, max_norm)),
         ),
-        Op::ClipNorm { max_norm, .. } => match golden.exact_norm {
+        Op::ClipNorm { max_norm, .. } | Op::ClipWithNorm { max_norm, .. } => match golden.exact_norm {
             Some(norm) if !norm.is_finite() => judge_policies(golden, norm, max_norm, run),
             _ => judge_clip_norm(golden, &outcome()),
         },
@@ -201,7 +235,8 @@ fn norm_report(outcome: &Outcome) -> Result<NormReport, String> {
 /// The norm against the truth, and against a peer that is right.
 fn judge_norm(golden: &Golden, norm_type: NormType, got: f64) -> Verdict {
     let exact = golden.exact_norm.ok_or("the file has no norm")?;
-    let relative = tolerance::norm(&golden.case.grads, norm_type);
+    // The loss scale is divided by on both sides: a rounding each.
+    let relative = tolerance::norm(&golden.case.grads, norm_type) + Format::of(Dtype::F64).epsilon();
     let error = tolerance::relative_error(got, exact);
     require!(tolerance::close(got, exact, relative), "norm {got:e}, exact {exact:e}, off by {error:.2e} relative");
     if let (Some(peer), None) = (golden.peer_norm, &golden.peer_differs) {
@@ -223,18 +258,30 @@ fn judge_total_norm(golden: &Golden, outcome: &Outcome) -> Verdict {
 
 /// Clipping by a finite norm.
 fn judge_clip_norm(golden: &Golden, outcome: &Outcome) -> Verdict {
-    let Op::ClipNorm { max_norm, norm_type, eps, .. } = golden.case.op else { return Err("no clip_grad_norm".into()) };
     let report = norm_report(outcome)?;
-    judge_norm(golden, norm_type, report.total_norm)?;
+    let (max_norm, eps, norm_error) = match golden.case.op {
+        Op::ClipNorm { max_norm, norm_type, eps, .. } => {
+            judge_norm(golden, norm_type, report.total_norm)?;
+            (max_norm, eps, tolerance::norm(&golden.case.grads, norm_type))
+        }
+        Op::ClipWithNorm { total_norm, max_norm, eps, .. } => {
+            require!(report.total_norm == total_norm, "norm {:e}, not {total_norm:e}", report.total_norm);
+            (max_norm, eps, 0.0)
+        }
+        _ => return Err("no clipping by norm".into()),
+    };
     require!(report.first_nonfinite.is_none(), "no tensor is bad, not {:?}", report.first_nonfinite);
-    require!(report.written == (report.clip_coef != 1.0), "{report:?}");
+    require!(report.written == (report.multiplier != 1.0), "{report:?}");
+    require!(!report.found_inf && golden.peer_found_inf != Some(true), "{report:?}");
+    let loss_scale = golden.case.loss_scale();
+    require!(report.multiplier == report.clip_coef / loss_scale, "{report:?}");
 
     // The coefficient: the formula, applied to the norm that was found, and close to that of the true norm.
     let exact = golden.exact_norm.ok_or("the file has no norm")?;
     let formula = |norm: f64| if norm + eps > max_norm { max_norm / (norm + eps) } else { 1.0 };
     let (of_found, of_exact) = (formula(report.total_norm), formula(exact));
     require!(report.clip_coef == of_found, "coefficient {:e}, the formula gives {of_found:e}", report.clip_coef);
-    let relative = tolerance::norm(&golden.case.grads, norm_type) + 4.0 * Format::of(Dtype::F64).epsilon();
+    let relative = norm_error + 6.0 * Format::of(Dtype::F64).epsilon();
     require!(
         tolerance::close(report.clip_coef, of_exact, relative),
         "coefficient {:e}, exact {of_exact:e}",
@@ -252,16 +299,22 @@ fn judge_clip_norm(golden: &Golden, outcome: &Outcome) -> Verdict {
     if !report.written {
         untouched(golden, outcome)?;
     }
-    judge_products(golden, outcome, report.clip_coef)?;
+    judge_products(golden, outcome, report.multiplier)?;
     judge_elements(golden, outcome, relative)
 }
 
-/// Every element is its product with the one coefficient, to one unit in the last place; zeros keep their sign.
-fn judge_products(golden: &Golden, outcome: &Outcome, clip_coef: f64) -> Verdict {
+/// Every element is its product with the one multiplier, to one unit in the last place; zeros keep their sign. One that is
+/// not finite is what IEEE 754 makes of it, or untouched under a multiplier of 1.
+fn judge_products(golden: &Golden, outcome: &Outcome, multiplier: f64) -> Verdict {
     for (tensor, (before, after)) in golden.case.grads.iter().zip(&outcome.grads).enumerate() {
         let format = before.format();
         for (index, (x, got)) in before.bits().into_iter().zip(after.bits()).enumerate() {
-            let exact = product(format, x, clip_coef);
+            if !format.is_finite(x) {
+                let (x, got) = (format.value(x), format.value(got));
+                require!(identical(got, x * multiplier), "{x} * {multiplier} is {got}");
+                continue;
+            }
+            let exact = product(format, x, multiplier);
             let sign_kept = (got & format.sign_bit() != 0) == exact.negative;
             require!(
                 sign_kept && within_one_unit(format, &exact, got),
@@ -284,6 +337,11 @@ fn judge_elements(golden: &Golden, outcome: &Outcome, norm_error: f64) -> Verdic
         for (index, (exact, got)) in exact.bits().into_iter().zip(after.bits()).enumerate() {
             // One step for the rounding, and what the error of the norm amounts to: nothing visible but in f64.
             let (exact, value) = (format.value(exact), format.value(got));
+            if !exact.is_finite() {
+                let peer = peer.as_ref().map_or(exact, |peer| peer[index]);
+                require!(identical(value, exact) && identical(peer, exact), "{value:e}, {peer:e}, exact {exact:e}");
+                continue;
+            }
             let allowed = format.unit(exact) * tolerance::ROUNDING_STEPS as f64 + norm_error * exact.abs();
             require!(
                 (value - exact).abs() <= allowed,
@@ -306,7 +364,7 @@ fn judge_elements(golden: &Golden, outcome: &Outcome, norm_error: f64) -> Verdic
 fn judge_policies(golden: &Golden, exact: f64, max_norm: f64, run: &impl Fn(&Case) -> Outcome) -> Verdict {
     for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate, NonFinite::Error] {
         let mut case = golden.case.clone();
-        if let Op::ClipNorm { nonfinite, .. } = &mut case.op {
+        if let Op::ClipNorm { nonfinite, .. } | Op::ClipWithNorm { nonfinite, .. } = &mut case.op {
             *nonfinite = policy;
         }
         judge_policy(golden, exact, max_norm, policy, &run(&case)).map_err(|what| format!("{policy:?}: {what}"))?;
@@ -315,7 +373,9 @@ fn judge_policies(golden: &Golden, exact: f64, max_norm: f64, run: &impl Fn(&Cas
 }
 
 fn judge_policy(golden: &Golden, exact: f64, max_norm: f64, policy: NonFinite, outcome: &Outcome) -> Verdict {
-    let first = first_nonfinite(&golden.case.grads);
+    let first = golden.case.first_nonfinite();
+    let loss_scale = golden.case.loss_scale();
+    require!(golden.peer_found_inf != Some(false), "{} found no overflow", golden.peer);
     if policy == NonFinite::Error {
         return judge_refused(
             golden,
@@ -326,32 +386,34 @@ fn judge_policy(golden: &Golden, exact: f64, max_norm: f64, policy: NonFinite, o
     let report = norm_report(outcome)?;
     require!(same(report.total_norm, exact), "norm {}, not {exact}", report.total_norm);
     require!(report.first_nonfinite == first, "first bad tensor {:?}, not {first:?}", report.first_nonfinite);
-    // An infinite threshold only measures, also where the peers make NaN of Inf / Inf.
-    let written = policy != NonFinite::Skip && max_norm.is_finite();
-    require!(report.written == written, "{report:?}");
+    // An infinite threshold only measures, or removes a loss scale, also where the peers make NaN of Inf / Inf.
+    let written = policy != NonFinite::Skip && (max_norm.is_finite() || loss_scale != 1.0);
+    require!(report.written == written && report.found_inf, "{report:?}");
     if !written {
-        require!(report.clip_coef == 1.0, "{report:?}");
+        require!(report.clip_coef == 1.0 && report.multiplier == 1.0, "{report:?}");
         return untouched(golden, outcome);
     }
     if policy == NonFinite::Zero {
-        require!(report.clip_coef == 0.0, "{report:?}");
+        require!(report.clip_coef == 0.0 && report.multiplier == 0.0, "{report:?}");
         let all_zero = bits_of(&outcome.grads).iter().flatten().all(|&bits| bits == 0);
         require!(all_zero, "an element is not +0");
         return Ok(());
     }
-    require!(same(report.clip_coef, max_norm / exact), "{report:?}");
-    judge_propagated(golden, outcome, report.clip_coef)
+    let clip_coef = if max_norm.is_finite() { max_norm / exact } else { 1.0 };
+    require!(same(report.clip_coef, clip_coef) && same(report.multiplier, clip_coef / loss_scale), "{report:?}");
+    judge_propagated(golden, outcome, report.multiplier, max_norm.is_finite())
 }
 
-/// x * c where one of them is not finite: as IEEE 754 has it, and as a peer has it that was not asked to be right.
-fn judge_propagated(golden: &Golden, outcome: &Outcome, clip_coef: f64) -> Verdict {
+/// x * m where one of them is not finite: as IEEE 754 has it, and as a peer has it (`like_peer`) that was not asked to be
+/// right. Where m is an ordinary number the product is rounded.
+fn judge_propagated(golden: &Golden, outcome: &Outcome, multiplier: f64, like_peer: bool) -> Verdict {
     for (tensor, (before, after)) in golden.case.grads.iter().zip(&outcome.grads).enumerate() {
-        let peer = peer_values(golden, tensor);
+        let peer = if like_peer { peer_values(golden, tensor) } else { None };
         for (index, (x, got)) in before.values().into_iter().zip(after.values()).enumerate() {
-            let expected = x * clip_coef;
+            let expected = before.format().value(nearest(before.dtype(), x * multiplier));
             let peer = peer.as_ref().map_or(expected, |peer| peer[index]);
             let at = format!("element {index} of tensor {tensor}");
-            require!(identical(got, expected), "{at} is {got}, {x} * {clip_coef} is {expected}");
+            require!(identical(got, expected), "{at} is {got}, {x} * {multiplier} is {expected}");
             require!(identical(got, peer), "{at} is {got}, {} has {peer}", golden.peer);
         }
     }

@@ -10,6 +10,7 @@ use std::{env, fs};
 use anyhow::{ensure, Context, Result};
 use bytemuck::{bytes_of, Zeroable};
 use gradclip::abi::{ClampBounds, ClipParams};
+use gradclip::NormType;
 
 use super::toolchain::{self, Build};
 
@@ -44,10 +45,12 @@ pub struct Tensor {
 #[derive(Debug, Clone, Copy)]
 pub enum Operation {
     /// norm_partials, clip_coef, scale.
-    ClipNorm { max_norm: f64, eps: f64, norm_type: u32, nonfinite: u32 },
+    ClipNorm { max_norm: f64, eps: f64, loss_scale: f64, norm_type: u32, nonfinite: u32 },
     /// norm_partials, clip_coef, scale_into: to outputs of the type of each tensor, or of f32. Output i starts
     /// `misalign + i` elements after a 16-byte border, and every byte of it is [`STALE`] before.
-    ClipNormInto { max_norm: f64, norm_type: u32, nonfinite: u32, to_f32: bool, misalign: usize },
+    ClipNormInto { max_norm: f64, loss_scale: f64, nonfinite: u32, to_f32: bool, misalign: usize },
+    /// clip_coef_of_norm, scale_any.
+    ClipWithNorm { total_norm: f64, max_norm: f64, loss_scale: f64, nonfinite: u32 },
     /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
     Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
 }
@@ -71,15 +74,18 @@ pub struct Case {
 pub struct Report {
     pub total_norm: f64,
     pub clip_coef: f64,
+    pub multiplier: f64,
     pub first_bad_tile: u64,
     pub clipped_elements: u64,
     pub nan_elements: u64,
+    pub multiplier_f32: f32,
+    pub found_inf: f32,
     pub coef_hi: f32,
     pub coef_lo: f32,
     pub action: u32,
 }
 
-const REPORT_BYTES: usize = 64;
+const REPORT_BYTES: usize = 72;
 
 #[derive(Debug, Clone)]
 pub struct Outcome {
@@ -206,7 +212,8 @@ impl Case {
             match self.operation {
                 Operation::ClipNorm { .. } => 0,
                 Operation::Clamp { .. } => 1,
-                Operation::ClipNormInto { .. } => 2,
+                Operation::ClipWithNorm { .. } => 2,
+                Operation::ClipNormInto { .. } => 3,
             },
             self.table_in_memory.into(),
             self.with_scales.into(),
@@ -215,13 +222,18 @@ impl Case {
             u32::try_from(self.tensors.len())?,
         ];
         out.extend(header.iter().flat_map(|word| word.to_le_bytes()));
-        let (mut clip, mut bounds) = (ClipParams::zeroed(), ClampBounds::zeroed());
+        let (mut clip, mut bounds, mut total_norm) = (ClipParams::zeroed(), ClampBounds::zeroed(), 0f64);
         match self.operation {
-            Operation::ClipNorm { max_norm, eps, norm_type, nonfinite } => {
-                clip = ClipParams { max_norm, max_norm_at: 0, eps, norm_type, nonfinite };
+            Operation::ClipNorm { max_norm, eps, loss_scale, norm_type, nonfinite } => {
+                clip = ClipParams { max_norm, eps, loss_scale, norm_type, nonfinite, ..ClipParams::zeroed() };
             }
-            Operation::ClipNormInto { max_norm, norm_type, nonfinite, .. } => {
-                clip = ClipParams { max_norm, max_norm_at: 0, eps: 0.0, norm_type, nonfinite };
+            Operation::ClipWithNorm { total_norm: norm, max_norm, loss_scale, nonfinite } => {
+                total_norm = norm;
+                clip = ClipParams { max_norm, loss_scale, nonfinite, ..ClipParams::zeroed() };
+            }
+            Operation::ClipNormInto { max_norm, loss_scale, nonfinite, .. } => {
+                let norm_type = NormType::L2 as u32;
+                clip = ClipParams { max_norm, loss_scale, norm_type, nonfinite, ..ClipParams::zeroed() };
             }
             Operation::Clamp { f64, f32, f16, bf16 } => {
                 ([bounds.lo_f64, bounds.hi_f64], [bounds.lo_f32, bounds.hi_f32]) = (f64, f32);
@@ -230,6 +242,7 @@ impl Case {
         }
         out.extend(bytes_of(&clip));
         out.extend(bytes_of(&bounds));
+        out.extend(total_norm.to_le_bytes());
         for (index, tensor) in self.tensors.iter().enumerate() {
             ensure!(tensor.data.len() % tensor.dtype.size() == 0, "a part of an element");
             let numel = (tensor.data.len() / tensor.dtype.size()) as u64;
@@ -278,9 +291,12 @@ impl Bytes<'_> {
         Ok(Report {
             total_norm: slot.word(f64::from_le_bytes)?,
             clip_coef: slot.word(f64::from_le_bytes)?,
+            multiplier: slot.word(f64::from_le_bytes)?,
             first_bad_tile: slot.word(u64::from_le_bytes)?,
             clipped_elements: slot.word(u64::from_le_bytes)?,
             nan_elements: slot.word(u64::from_le_bytes)?,
+            multiplier_f32: slot.word(f32::from_le_bytes)?,
+            found_inf: slot.word(f32::from_le_bytes)?,
             coef_hi: slot.word(f32::from_le_bytes)?,
             coef_lo: slot.word(f32::from_le_bytes)?,
             action: slot.word(u32::from_le_bytes)?,

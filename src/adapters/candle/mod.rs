@@ -41,9 +41,9 @@
 //! | per call | launches | copies | waits | allocations |
 //! |---|---|---|---|---|
 //! | CPU tensors | | | | host only |
-//! | CUDA tensors, `total_norm` / `clip_grad_norm` / `clip_grad_value` | 2 / 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | 0 once a list of that size has been seen |
+//! | CUDA tensors, `clip_grad_norm` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | 0 once a list of that size has been seen |
 //! | each gradient that is not contiguous | 1 more, candle's | of that gradient | 0 | 1, candle's |
-//! | [`Deferred::wait`] | 0 | 64 bytes | 1 | 0 |
+//! | [`Deferred::wait`] | 0 | 72 bytes | 1 | 0 |
 //!
 //! [`Deferred::wait`]: crate::Deferred::wait
 #![cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
@@ -59,6 +59,7 @@ use super::deferred::Deferred;
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::TotalNorm;
 use candle_core::backprop::GradStore;
 use candle_core::Var;
 use grads::{GradList, Home};
@@ -107,6 +108,61 @@ pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipN
         Home::Cpu => on_cpu::clip_grad_norm(list, vars, grads, &clip),
         #[cfg(feature = "candle-cuda")]
         Home::Cuda(stream) => on_cuda::clip_grad_norm(list, &stream, vars, grads, clip),
+    }
+}
+
+/// Scales the gradients of `vars` by a norm that the caller has; see [`cpu::clip_with_norm`](crate::cpu::clip_with_norm).
+/// The norm is a number, or the report of an earlier call for tensors in the same place: of CUDA tensors it stays on the
+/// device.
+///
+/// # Errors
+/// As [`clip_grad_norm`]; a norm that is negative. Of CUDA tensors, [`Error::NormOutOfReach`] for the report of a call
+/// in another thread or on another stream.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use gradclip::NormType;
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let (weight, bias) = (Var::new(&[3.0f32], &Device::Cpu)?, Var::new(&[4.0f32], &Device::Cpu)?);
+/// let loss = ((weight.as_tensor().sqr()? + bias.as_tensor().sqr()?)? * 0.5)?.sum_all()?;
+/// let mut grads = loss.backward()?;
+/// let norm = gradclip::candle::total_norm(&[weight.clone(), bias], &grads, NormType::L2)?;
+/// gradclip::candle::clip_with_norm(&[weight.clone()], &mut grads, &norm, 1.0)?; // one of them, by the norm of both
+/// assert_eq!(grads.get(&weight).unwrap().to_vec1::<f32>()?, [0.6]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_with_norm<'a>(
+    vars: &[Var],
+    grads: &mut GradStore,
+    total_norm: impl Into<TotalNorm<'a>>,
+    clip: impl Into<ClipNorm>,
+) -> Result<Deferred<NormReport>> {
+    let (total_norm, clip) = (total_norm.into(), clip.into());
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_with_norm(list, vars, grads, total_norm, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_with_norm(list, &stream, vars, grads, total_norm, clip),
+    }
+}
+
+/// What [`clip_grad_norm`] would multiply the gradients of `vars` by, for an optimizer that multiplies them itself; see
+/// [`cpu::clip_coef`](crate::cpu::clip_coef). Nothing is written. Of CUDA tensors the factor stays on the device:
+/// [`Deferred::pending`](crate::Deferred) has its address.
+///
+/// # Errors
+/// As [`clip_grad_norm`].
+pub fn clip_coef(vars: &[Var], grads: &GradStore, clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_coef(list, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_coef(list, &stream, clip),
     }
 }
 

@@ -9,6 +9,7 @@ use crate::cpu::{self, Counts, Grad, GradMut};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
@@ -28,10 +29,31 @@ pub(super) fn clip_grad_norm(
 ) -> Result<Deferred<NormReport>> {
     let (report, verdict) = measure(&list, clip)?;
     if verdict.written() {
-        update(&list, &Scale(verdict))?;
+        update(&list, &Scale { verdict, apply: cpu::apply })?;
         list.put_back(vars, store);
     }
     Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn clip_with_norm(
+    list: GradList,
+    vars: &[Var],
+    store: &mut GradStore,
+    total_norm: TotalNorm<'_>,
+    clip: &ClipNorm,
+) -> Result<Deferred<NormReport>> {
+    let total_norm = total_norm.on_host()?;
+    let (report, verdict) = with_slices(&list, |slices| cpu::judge(slices, total_norm, clip))?;
+    if verdict.written() {
+        update(&list, &Scale { verdict, apply: cpu::apply_to_any })?;
+        list.put_back(vars, store);
+    }
+    Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn clip_coef(list: GradList, clip: &ClipNorm) -> Result<Deferred<NormReport>> {
+    let (report, _) = measure(&list, clip)?;
+    Ok(Deferred::on_host(NormReport { written: false, ..report }, list.into_variables()))
 }
 
 pub(super) fn clip_grad_value(
@@ -103,7 +125,10 @@ fn slice_of_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core
     }
 }
 
-struct Scale(Verdict);
+struct Scale {
+    verdict: Verdict,
+    apply: fn(&Verdict, &mut [GradMut<'_>]),
+}
 
 impl InplaceOp1 for Scale {
     fn name(&self) -> &'static str {
@@ -113,7 +138,7 @@ impl InplaceOp1 for Scale {
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
         let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
         let mut grads = [slice_of_mut(storage, layout)?];
-        in_own_pool(bytes, || cpu::apply(&self.0, &mut grads));
+        in_own_pool(bytes, || (self.apply)(&self.verdict, &mut grads));
         Ok(())
     }
 }

@@ -7,6 +7,7 @@ use crate::cuda;
 use crate::error::Result;
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::TotalNorm;
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, Layout, Storage, Tensor, Var};
@@ -37,6 +38,28 @@ pub(super) fn clip_grad_norm(
     if pending.is_ok() {
         list.put_back(vars, store); // whether they were scaled, the device knows; if not, they are what they were
     }
+    Deferred::of_call(pending, list.into_variables())
+}
+
+pub(super) fn clip_with_norm(
+    list: GradList,
+    stream: &Arc<CudaStream>,
+    vars: &[Var],
+    store: &mut GradStore,
+    total_norm: TotalNorm<'_>,
+    clip: ClipNorm,
+) -> Result<Deferred<NormReport>> {
+    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let pending = cuda::clip_with_norm(stream, &mut grads, total_norm, clip);
+    if pending.is_ok() {
+        list.put_back(vars, store);
+    }
+    Deferred::of_call(pending, list.into_variables())
+}
+
+pub(super) fn clip_coef(list: GradList, stream: &Arc<CudaStream>, clip: ClipNorm) -> Result<Deferred<NormReport>> {
+    let grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let pending = cuda::clip_coef(stream, &grads, clip);
     Deferred::of_call(pending, list.into_variables())
 }
 

@@ -48,9 +48,9 @@
 //! | per call | launches | copies | waits | allocations |
 //! |---|---|---|---|---|
 //! | CPU tensors | | | | host only |
-//! | CUDA tensors, `total_norm` / `clip_grad_norm` / `clip_grad_value` | 2 / 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | host only, once a list of that size has been seen |
-//! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; `total_norm` 1 | of that gradient | 0 | 1, libtorch's |
-//! | [`Deferred::wait`] | 0 | 64 bytes | 1 | 0 |
+//! | CUDA tensors, `clip_grad_norm` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | host only, once a list of that size has been seen |
+//! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; `total_norm` and `clip_coef` 1 | of that gradient | 0 | 1, libtorch's |
+//! | [`Deferred::wait`] | 0 | 72 bytes | 1 | 0 |
 //!
 //! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm. It
 //! panics where there are no gradients, and returns nothing.
@@ -79,6 +79,7 @@ use super::deferred::Deferred;
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::TotalNorm;
 use ::tch::{TchError, Tensor};
 use grads::{GradList, Home};
 use std::borrow::Borrow;
@@ -150,6 +151,60 @@ pub fn clip_grad_norm<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipNorm>
         Home::Cpu => on_cpu::clip_grad_norm(list, &clip),
         #[cfg(feature = "cuda")]
         Home::Cuda(ordinal) => on_cuda::clip_grad_norm(list, ordinal, clip),
+    }
+}
+
+/// Scales the gradients of `params` by a norm that the caller has; see
+/// [`cpu::clip_with_norm`](crate::cpu::clip_with_norm). The norm is a number, or the report of an earlier call for tensors
+/// on the same device: of CUDA tensors it stays there.
+///
+/// # Errors
+/// As [`clip_grad_norm`]; a norm that is negative. Of CUDA tensors, [`Error::NormOutOfReach`] for the report of a call
+/// in another thread or on another stream.
+///
+/// ```
+/// use gradclip::NormType;
+/// use tch::{Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let weight = Tensor::from_slice(&[3.0f32]).set_requires_grad(true);
+/// let bias = Tensor::from_slice(&[4.0f32]).set_requires_grad(true);
+/// ((weight.square() + bias.square()) * 0.5).sum(Kind::Float).backward();
+/// let norm = gradclip::tch::total_norm(&[&weight, &bias], NormType::L2)?;
+/// gradclip::tch::clip_with_norm(&[&weight], &norm, 1.0)?; // one of them, by the norm of both
+/// assert_eq!(Vec::<f32>::try_from(weight.grad())?, [0.6]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_with_norm<'a, T: Borrow<Tensor>>(
+    params: &[T],
+    total_norm: impl Into<TotalNorm<'a>>,
+    clip: impl Into<ClipNorm>,
+) -> Result<Deferred<NormReport>> {
+    let (total_norm, clip) = (total_norm.into(), clip.into());
+    clip.validate()?;
+    let list = GradList::gather(params)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_with_norm(list, total_norm, &clip),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::clip_with_norm(list, ordinal, total_norm, clip),
+    }
+}
+
+/// What [`clip_grad_norm`] would multiply the gradients of `params` by, for an optimizer that multiplies them itself; see
+/// [`cpu::clip_coef`](crate::cpu::clip_coef). Nothing is written. Of CUDA tensors the factor stays on the device:
+/// [`Deferred::pending`](crate::Deferred) has its address.
+///
+/// # Errors
+/// As [`clip_grad_norm`].
+pub fn clip_coef<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(params)?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_coef(list, &clip),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::clip_coef(list, ordinal, clip),
     }
 }
 

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::plan::TensorRef;
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use std::slice::{from_raw_parts, from_raw_parts_mut};
@@ -26,6 +27,27 @@ pub(super) fn clip_grad_norm(mut list: GradList, clip: &ClipNorm) -> Result<Defe
         list.put_back()?;
     }
     Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn clip_with_norm(
+    mut list: GradList,
+    total_norm: TotalNorm<'_>,
+    clip: &ClipNorm,
+) -> Result<Deferred<NormReport>> {
+    let total_norm = total_norm.on_host()?;
+    let judged = cpu::judge(&slices(&list), total_norm, clip);
+    let (report, verdict) = judged.map_err(|error| list.name_in(error))?;
+    if verdict.written() {
+        // SAFETY: `judge` has refused overlaps.
+        cpu::apply_to_any(&verdict, &mut unsafe { slices_mut(&mut list) });
+        list.put_back()?;
+    }
+    Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn clip_coef(list: GradList, clip: &ClipNorm) -> Result<Deferred<NormReport>> {
+    let (report, _) = measure(&list, clip)?;
+    Ok(Deferred::on_host(NormReport { written: false, ..report }, list.into_variables()))
 }
 
 pub(super) fn clip_grad_value(mut list: GradList, clip: &ClipValue) -> Result<Deferred<ValueReport>> {

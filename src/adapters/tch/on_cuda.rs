@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::plan::TensorRef;
 use crate::report::{NormReport, ValueReport};
+use crate::total_norm::TotalNorm;
 use cudarc::driver::{CudaContext, CudaStream};
 use libloading::Library;
 use std::ffi::{c_int, c_void};
@@ -34,6 +35,26 @@ pub(super) fn clip_grad_norm(mut list: GradList, ordinal: usize, clip: ClipNorm)
     if pending.is_ok() {
         list.put_back()?; // whether they were scaled, the device knows; if not, they are what they were
     }
+    Deferred::of_call(pending, list.into_variables())
+}
+
+pub(super) fn clip_with_norm(
+    mut list: GradList,
+    ordinal: usize,
+    total_norm: TotalNorm<'_>,
+    clip: ClipNorm,
+) -> Result<Deferred<NormReport>> {
+    let stream = current_stream(ordinal)?;
+    let pending = cuda::clip_with_norm(&stream, &mut device_grads(&list, ordinal), total_norm, clip);
+    if pending.is_ok() {
+        list.put_back()?;
+    }
+    Deferred::of_call(pending, list.into_variables())
+}
+
+pub(super) fn clip_coef(list: GradList, ordinal: usize, clip: ClipNorm) -> Result<Deferred<NormReport>> {
+    let stream = current_stream(ordinal)?;
+    let pending = cuda::clip_coef(&stream, &device_grads(&list, ordinal), clip);
     Deferred::of_call(pending, list.into_variables())
 }
 

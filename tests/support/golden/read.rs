@@ -32,6 +32,9 @@ struct Entry {
     peer_grads: Option<Vec<String>>,
     exact_grads: Option<Vec<String>>,
     peer_differs: Option<String>,
+    loss_scale: Option<String>,
+    peer_found_inf: Option<bool>,
+    total_norm: Option<String>,
 }
 
 #[derive(serde::Deserialize)]
@@ -58,6 +61,13 @@ impl Entry {
                 max_norm: required(&self.max_norm),
                 norm_type: self.norm_type(),
                 eps: required(&self.eps),
+                loss_scale: self.loss_scale.as_deref().map_or(1.0, number),
+                nonfinite: NonFinite::Skip,
+            },
+            "clip_with_norm" => Op::ClipWithNorm {
+                total_norm: required(&self.total_norm),
+                max_norm: required(&self.max_norm),
+                eps: required(&self.eps),
                 nonfinite: NonFinite::Skip,
             },
             "clip_grad_value" => Op::ClipValue { lo: required(&self.lo), hi: required(&self.hi) },
@@ -73,6 +83,7 @@ impl Entry {
             peer_norm: self.peer_norm.as_deref().map(number),
             peer_grads: self.peer_grads.as_ref().map(tensors_of),
             peer_differs: self.peer_differs.clone(),
+            peer_found_inf: self.peer_found_inf,
             peer: self.peer.clone(),
             case: Case {
                 name: self.name.clone(),

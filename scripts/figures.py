@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""The figures in README.md, benches/README.md and docs/performance.md, from the newest records in benches/record.
+
+    scripts/figures.py            writes them
+    scripts/figures.py --check    fails where a page says something else
+
+They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Records are called cpu-DATE.csv and gpu-NAME-DATE.csv.
+scripts/plots.py draws the pictures, of the same records.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from record_to_tables import bars_table, lists_table, quotient, read
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benches" / "record"
+
+# What the README shows of the CPU, with any list on which something is slower than PyTorch.
+README_LISTS = ("1 GiB", "GPT-2", "ResNet-50", "3000 x 4 Ki")
+README_DTYPES = ("f32", "bf16")
+SWEEPS = re.compile(r"\d+ [KM]iB|\d+ x 4 Ki")
+MODELS = ("3000 x 4 Ki", "300 x 4 Ki")  # which are not of a sweep only
+OPS = {
+    "norm": "norm",
+    "clip; within": "clip by norm, within the threshold",
+    "clip": "clip by norm, scaled",
+    "value; 0 % outside": "by value, nothing outside",
+    "value; 2 % outside": "by value, 2 % outside",
+}
+
+
+def newest(kind):
+    """(path, record) of the newest of a kind, or None."""
+    paths = sorted(RECORDS.glob(f"{kind}-*.csv"), key=lambda path: path.stem[-len("2026-11-22"):])
+    return (paths[-1], read(paths[-1])) if paths else None
+
+
+def faster(record, key, op):
+    return quotient(record.torch(key, op), record.ours(key, op))
+
+
+def cell(record, key, op):
+    speed, ratio, times = record.ours(key, op, "GB/s", worst=min), record.ratio(key, op), faster(record, key, op)
+    if speed is None or ratio is None:
+        return ""
+    text = f"{speed:.1f} GB/s, {100 * ratio:.0f} %"
+    if times is None:
+        return text
+    return f"{text}, **{times:.2f} x**" if times < 1 else f"{text}, {times:.2f} x"
+
+
+def cpu_table(path, record, keys, link):
+    run = record.run
+    source = f"commit {run['commit']}, {run['date']} ([record]({link}{path.name}))"
+    has_torch = any(faster(record, key, "norm") is not None for key in record.lists)
+    lines = [
+        f"{run['machine']}, {run['cores']} threads, {source}.",
+        "In a cell: bytes that have to move per second; how near that is to a plain read, or update in place, of the",
+        "same list; " + ("how many times as fast it is as the quicker of PyTorch's CPU calls, bold where it is slower."
+                    if has_torch else "PyTorch was not measured in that record."),
+        "",
+        "| list | type | " + " | ".join(OPS.values()) + " |",
+        "|---" * (2 + len(OPS)) + "|",
+    ]
+    lines += ["| " + " | ".join([*key, *(cell(record, key, op) for op in OPS)]) + " |" for key in keys]
+    return "\n".join(lines)
+
+
+def cpu_speed(cpu, gpu):
+    """For the README, with the picture as long as there is none of a GPU."""
+    if cpu is None:
+        return "No CPU has been measured yet."
+    path, record = cpu
+    lost = lambda key: any((faster(record, key, op) or 1) < 1 for op in OPS)
+    main = [key for key in record.lists if key[0] in README_LISTS and key[1] in README_DTYPES]
+    keys = main + [key for key in record.lists if key not in main and lost(key)]
+    table = cpu_table(path, record, keys, "benches/record/")
+    return (picture("cpu", "docs/images/") if gpu is None else "") + table
+
+
+def cpu_lists(cpu):
+    """All lists, for benches/README.md."""
+    if cpu is None:
+        return "Not measured yet."
+    path, record = cpu
+    keys = [key for key in record.lists if key[0] in MODELS or not SWEEPS.fullmatch(key[0])]
+    spread = []
+    for key in keys:
+        for op in OPS:
+            turns = [record.ours(key, op, worst=worst) for worst in (min, max)]
+            spread += [turns[1] / turns[0] - 1] if None not in turns else []
+    text = cpu_table(path, record, keys, "record/")
+    if any(spread):
+        spread.sort()
+        text += ("\n\nBetween the turn before PyTorch's and the one after it, gradclip's times differ by "
+                 f"{100 * spread[len(spread) // 2]:.0f} % in the median, and by up to {100 * spread[-1]:.0f} %.")
+    return text + "\n\n" + picture("cpu", "../docs/images/", "tensors")
+
+
+def picture(kind, folder, what="bandwidth"):
+    """scripts/plots.py draws it where the record has what it shows."""
+    alt = {"bandwidth": "Bandwidth against size", "tensors": "Time against number of tensors"}[what]
+    name = f"{kind}_{what}.svg"
+    return f"![{alt}]({folder}{name})\n\n" if (ROOT / "docs" / "images" / name).exists() else ""
+
+
+def gpu_speed(gpu):
+    return "No GPU has been measured yet." if gpu is None else picture("gpu", "docs/images/") + bars_table(gpu[1])
+
+
+def blocks():
+    """{page: {name: text}}"""
+    cpu, gpu = newest("cpu"), newest("gpu")
+    return {
+        ROOT / "README.md": {"cpu-speed": cpu_speed(cpu, gpu), "gpu-speed": gpu_speed(gpu)},
+        ROOT / "benches" / "README.md": {"cpu-lists": cpu_lists(cpu)},
+        ROOT / "docs" / "performance.md": {
+            "gpu-bars": "Not measured yet." if gpu is None else bars_table(gpu[1]),
+            "gpu-lists": "Not measured yet." if gpu is None else
+                         lists_table(gpu[1]) + "\n\n" + picture("gpu", "images/", "tensors"),
+        },
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    differ = []
+    for page, texts in blocks().items():
+        old = new = page.read_text()
+        for name, text in texts.items():
+            pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+            if not pattern.search(new):
+                sys.exit(f"{page.relative_to(ROOT)} has no place for {name}")
+            new = pattern.sub(lambda match, text=text: f"{match[1]}{text.rstrip()}\n{match[2]}", new)
+        if new != old:
+            differ.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new)
+    if check and differ:
+        sys.exit(f"not what the newest records say: {', '.join(differ)}; run scripts/figures.py")
+
+
+if __name__ == "__main__":
+    main()
