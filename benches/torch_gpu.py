@@ -7,6 +7,11 @@ BINARY is that of `cargo bench --bench gpu`. It stays open and measures when it 
 meet the same clocks. Columns and method are those of benches/measure: time between two events on the GPU with work
 before the first, the call by the clock on an idle stream, rounds in which every case comes once.
 
+What users of candle and of tch have, one tensor after the other, cannot be measured itself on a machine without Rust's
+CUDA builds of them; the rows `torch: tch's sequence` and `torch: candle's sequence` are the same operations in the same
+order with the same waits, by PyTorch, from Python. Its kernels are the ones tch calls; candle's own are others. As these
+take milliseconds, they are measured eager, warm, and on lists of up to 3000 tensors.
+
 `--device cpu` runs PyTorch's side on the CPU, by the clock: it tries out this script, and measures nothing.
 """
 
@@ -26,6 +31,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 100
 FEWEST_ROUNDS = 3  # of what takes long: 18,867 tensors
 BATCH_US, MAX_CALLS = 300, 100  # Options in benches/measure/mod.rs
 COLD_BYTES = 512 << 20
+MOST_IN_SEQUENCE = 3000  # tensors, where each is some launches and maybe a wait
 TOO_MANY = 2**31 - 1  # elements of a tensor: PyTorch reads out of bounds beyond (pytorch#169930)
 
 
@@ -57,16 +63,10 @@ class Torch:
         return torch.cuda.Event(enable_timing=True) if self.cuda else ClockEvent()
 
     def load(self, entry):
-        """The list as views of one buffer, laid out as in benches/measure/lists.rs."""
+        """The list as views of one buffer."""
         dtype = DTYPES[entry["dtype"]]
-        size, starts, end = dtype.itemsize, [], 0
-        for numel in entry["numels"]:
-            start = end + entry["offset"] * size
-            end = -(-(start + numel * size) // self.align) * self.align
-            starts.append(start)
-        self.span, self.bytes = end, sum(entry["numels"]) * size
-        if self.span > len(self.grads):
-            return False
+        size, (starts, self.span) = dtype.itemsize, layout(entry, self.align)
+        self.bytes = sum(entry["numels"]) * size
         typed = self.grads[:self.span].view(dtype)
         spare = self.spare[:self.span].view(dtype)
         if self.filled is None or self.filled[0] != dtype or self.filled[1] < self.span:
@@ -84,7 +84,6 @@ class Torch:
             param.grad = view
             self.params.append(param)
         self.views, self.flat = views, self.grads[:self.bytes].view(dtype)
-        return True
 
     def restore(self):
         self.grads[:self.span].copy_(self.spare[:self.span])
@@ -108,6 +107,7 @@ class Torch:
             if op.startswith("value"):
                 call = lambda bound=bound: clip_grad_value_(self.params, bound, foreach=True)
                 calls.append((op, "torch", call, not op.startswith("value; 0")))
+        calls += self.sequences(norm)
         cases = [(op, implementation, "eager", call, restored) for op, implementation, call, restored in calls]
         if self.cuda:
             for op, implementation, call, restored in calls:
@@ -117,6 +117,46 @@ class Torch:
                         cases.append((op, implementation, "graph", graph.replay, restored))
         self.restore()
         return cases
+
+    def sequences(self, norm):
+        """What nn::Optimizer of tch 0.24 to 0.26 does, and what candle's users write (benches/support/cases.rs)."""
+        if len(self.views) > MOST_IN_SEQUENCE:
+            return []
+
+        def tch_norm(max_norm):
+            total = torch.stack([view.norm() for view in self.views]).norm().item()  # waits
+            if max_norm / (total + 1e-6) < 1.0:
+                for view in self.views:
+                    view.mul_(max_norm / (total + 1e-6))
+
+        def tch_value(bound):
+            for view in self.views:
+                view.clamp_(-bound, bound)
+
+        def candle_norm():
+            # One wait for each tensor.
+            return sum(view.square().sum().double().item() for view in self.views)**0.5
+
+        def candle_clip(max_norm):
+            total = candle_norm()
+            if max_norm < total:
+                for view in self.views:
+                    view * (max_norm / total)  # a new tensor each, which replaces the gradient in the store
+
+        def candle_value(bound):
+            for view in self.views:
+                view.clamp(-bound, bound)
+
+        tch, candle = "torch: tch's sequence", "torch: candle's sequence"
+        # tch's clip scales the gradients where they are, so it is restored, or the next one would find them within.
+        calls = [("clip; within", tch, lambda: tch_norm(norm * 2), False), ("clip", tch, lambda: tch_norm(norm / 2), True),
+                 ("norm", candle, candle_norm, False), ("clip", candle, lambda: candle_clip(norm / 2), False)]
+        for op, bound in self.bounds.items():
+            if op.startswith("value"):
+                changes = not op.startswith("value; 0")
+                calls += [(op, tch, lambda bound=bound: tch_value(bound), changes),
+                          (op, candle, lambda bound=bound: candle_value(bound), False)]
+        return calls
 
     def capture(self, op, call):
         """The call as a graph. None where PyTorch cannot capture it."""
@@ -188,6 +228,8 @@ class Torch:
         cases = self.cases()
         caches = ["warm", "cold"] if self.span <= COLD_BYTES else ["warm"]
         for cache in caches:
+            if cache == "cold":
+                cases = [case for case in cases if "sequence" not in case[1]]
             calls, times = self.measure(cases, cache, seconds / len(caches))
             for case, count, (gpu, host, done) in zip(cases, calls, times):
                 median = quantile(gpu, 0.5)
@@ -209,6 +251,15 @@ class Torch:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+
+def layout(entry, align):
+    """Where each gradient starts, and where the last one ends, in bytes: as in benches/measure/lists.rs."""
+    size, starts, end = DTYPES[entry["dtype"]].itemsize, [], 0
+    for numel in entry["numels"]:
+        starts.append(end + entry["offset"] * size)
+        end = -(-(starts[-1] + numel * size) // align) * align
+    return starts, end
 
 
 def quantile(values, at):
@@ -275,6 +326,9 @@ def main():
             if left <= 0:
                 print(f"SKIPPED {name}: the time is over", file=sys.stderr)
                 continue
+            if layout(entry, export["align"])[1] > max_bytes:
+                print(f"SKIPPED {name}: it does not fit into {args.max_gib:g} GiB", file=sys.stderr)
+                continue
             rows = ours.measure(1, seconds, index)
             if rows is None:
                 failed = True
@@ -284,7 +338,8 @@ def main():
             run = {column: run[column] for column in ("gpu", "driver", "date", "commit")}
             if max(entry["numels"]) > TOO_MANY:
                 print(f"SKIPPED {name} with torch: it reads out of bounds beyond 2^31 elements", file=sys.stderr)
-            elif theirs.load(entry):
+            else:
+                theirs.load(entry)
                 writer.writerows(theirs.rows(entry, run, seconds))
                 theirs.unload()
                 second = ours.measure(2, seconds / 2, index)

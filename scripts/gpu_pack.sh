@@ -1,30 +1,72 @@
 #!/usr/bin/env bash
-# Packs the GPU tests and the bench into a folder that runs on a machine with an NVIDIA driver and no Rust.
-#   scripts/gpu_pack.sh FOLDER      then, on the GPU machine:      FOLDER/run.sh RECORD [SECONDS [BENCH_SECONDS]]
+# Packs tests, benches and examples into a folder that runs on a machine with an NVIDIA driver and no Rust.
+#   scripts/gpu_pack.sh FOLDER [--candle] [--tch]    then, on the GPU machine:    FOLDER/run.sh RECORD [SECONDS [BENCH_SECONDS]]
 # run.sh (scripts/gpu_run.sh) says what it does and what it leaves in the folder RECORD.
+#
+# --candle adds the tests of candle's CUDA tensors: built without a toolkit by scripts/candle_cuda.py, so candle's own
+# kernels are missing in them; these tests need none. On the GPU machine they take the CUDA 13 libraries of its PyTorch.
+# --tch adds the tests of tch, built against the libtorch of PyTorch 2.11 (tch 0.24). They run where PyTorch is 2.11, in
+# its own libraries; for another release see scripts/libtorch.py, and set TORCH. About 600 MB to download, once.
+#
+# Not packed, as they need the sources: on_double, old_driver, driver_double, host_kernels, abi and candle_cuda compile
+# C++ of tests/double, build_script runs build.rs on kernels/; and the bench enqueue, which runs on the double.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-pack=${1:?usage: scripts/gpu_pack.sh FOLDER}
+pack=${1:?usage: scripts/gpu_pack.sh FOLDER [--candle] [--tch]}
+shift
 mkdir -p "$pack/golden"
 
-# Builds a target; its path, from cargo itself: `binary test NAME` or `binary bench NAME`.
-binary() {
-  cargo test --release "--$1" "$2" --no-run --message-format=json 2>/dev/null |
-    python3 -c 'import json,sys
-for line in sys.stdin:
-    m = json.loads(line)
-    if m.get("reason") == "compiler-artifact" and m["target"]["name"] == sys.argv[1] and m.get("executable"):
-        print(m["executable"])' "$2"
+# Builds targets and packs them by name: `pack_built [NAME=OTHER]... -- cargo's arguments`. A name that is given another
+# one is that of a bench, which may be a test's too.
+pack_built() {
+  python3 - "$pack" "$@" <<'PYTHON'
+import json, shutil, subprocess, sys
+pack, *rest = sys.argv[1:]
+names, command = dict(arg.split("=") for arg in rest[:rest.index("--")]), rest[rest.index("--") + 1:]
+built = subprocess.run([*command, "--quiet", "--message-format=json"], stdout=subprocess.PIPE, text=True)
+if built.returncode != 0:
+    sys.exit(f"gpu_pack.sh: {' '.join(command)} failed")
+for line in built.stdout.splitlines():
+    message = json.loads(line)
+    if message.get("reason") == "compiler-artifact" and message.get("executable"):
+        name = message["target"]["name"]
+        path = f"{pack}/{names.get(name, name)}"
+        shutil.copy(message["executable"], path)
+        subprocess.run(["strip", "--strip-debug", path], check=True)
+PYTHON
 }
-put() {
-  local built
-  built=$(binary "$1" "$2")
-  cp "$built" "$pack/$3"
-  strip --strip-debug "$pack/$3"
-}
-put test on_gpu on_gpu
-put test no_driver no_driver
-put bench gpu gpu_bench
+
+cpu_tests=(accuracy conversions exact fp_env golden hostile properties threads)
+tests=(on_gpu no_driver "${cpu_tests[@]}")
+pack_built gpu=gpu_bench cpu=cpu_bench gradclip=unit_tests -- cargo test --release --no-run --lib "${tests[@]/#/--test=}" --bench=gpu --bench=cpu
+pack_built -- cargo build --release --example cuda_graph
+pack_built -- cargo build --release --features candle --example exploding_rnn
+pack_built -- cargo build --release -p transformer_lm
+echo "unit_tests ${cpu_tests[*]}" > "$pack/CPU_TESTS"
+
+for option; do
+  case $option in
+    --candle)
+      scripts/candle_cuda.py gpu-test "$pack/candle_on_gpu"
+      strip --strip-debug "$pack/candle_on_gpu"
+      ;;
+    --tch)
+      torch=${TORCH:-2.11.0}
+      variables=$(python3 scripts/libtorch.py --torch "$torch")   # not within eval, which would hide a failure
+      cp Cargo.lock "$pack/Cargo.lock.before"
+      trap 'mv "$pack/Cargo.lock.before" Cargo.lock' EXIT
+      case $torch in 2.11.*) cargo update --quiet -p tch --precise 0.24.0 ;; esac
+      (
+        eval "$variables"
+        pack_built tch=tch_tests -- cargo test --release --no-run --features tch --test tch
+        pack_built -- cargo build --release --features tch --example tch_cartpole
+      )
+      echo "$torch" > "$pack/TORCH"
+      ;;
+    *) echo "gpu_pack.sh: $option is no option" >&2; exit 2 ;;
+  esac
+done
+
 cp tests/golden/*.json tests/golden/README.md "$pack/golden"
 cp benches/torch_gpu.py scripts/record_to_tables.py "$pack"
 cp scripts/gpu_run.sh "$pack/run.sh"

@@ -5,10 +5,10 @@
     scripts/ptxas.py --write    the same, and write kernels/prebuilt/registers.csv
     scripts/ptxas.py --check    the same, and fail where the table differs from registers.csv
 
-A defect is: an atomic on floats (the order of additions would not be fixed), flush to zero or approximate arithmetic;
-registers spilled or anything else in local memory; a kernel over tensors that does not move 16 bytes at a time, or
-waits for one load before it issues the next; PTX that the assembler of CUDA 12.0, which the oldest driver has, does not
-take.
+A defect is, in the PTX or in the machine code of any target: an atomic on floats (the order of additions would not be
+fixed), flush to zero or approximate arithmetic; registers spilled or anything else in local memory; a kernel over tensors
+that does not move 16 bytes at a time for every dtype, or waits for one load before it issues the next; PTX that the
+assembler of CUDA 12.0, which the oldest driver has, does not take.
 """
 
 import argparse
@@ -32,13 +32,18 @@ WRONG = {
     r"\.approx\b": "has approximate arithmetic (.approx)",
 }
 SLOW = {r"^\s*\.local\b|\b(ld|st)\.local\b": "uses local memory"}
-WIDE_LOAD = r"\bld\.global\S*\.v4\."
-WIDE_STORE = r"\bst\.global\S*\.v4\."
-# The kernels that walk tensors, and what each of them must have.
-WALKERS = {r"(norm|scoped)_partials_\w+": (WIDE_LOAD,),
-           r"(scoped_)?scale(_any)?|scale_into|clamp": (WIDE_LOAD, WIDE_STORE)}
+# The same in machine code, where the assembler may have put it.
+WRONG_CODE = {
+    r"\b(ATOM|RED)[A-Z]*\.\S*\b(B?F16(x2)?|F32|F64)\b": "has an atomic on floats",
+    r"\.FTZ\b": "flushes subnormals to zero (.FTZ)",
+}
+SLOW_CODE = {r"\b(LDL|STL)\b": "uses local memory"}
 
-# A thread has 8 loads in flight before it uses the first: once in the code of each of the 4 dtypes.
+# The kernels that walk tensors, and whether they write them.
+WALKERS = {r"(norm|scoped)_partials_\w+": False, r"(scoped_)?scale(_any)?|scale_into|clamp": True}
+
+# A thread has 8 loads in flight before it uses the first, and stores what it has made of each: once in the code of each of
+# the 4 dtypes.
 BATCH = 8
 BATCHES = 4
 
@@ -47,6 +52,7 @@ class Usage(NamedTuple):
     registers: int
     shared_bytes: int
     batches: int  # places where BATCH 16-byte loads are issued before the first of them is used
+    stores: int  # 16-byte stores to global memory
 
 
 class Tools:
@@ -54,12 +60,6 @@ class Tools:
         self.ptxas = find(install(PTXAS, venvs), "cu13/bin/ptxas")
         self.oldest_ptxas = find(install(OLDEST_PTXAS, venvs), "cuda_nvcc/bin/ptxas")
         self.nvdisasm = find(install(NVDISASM, venvs), "cu13/bin/nvdisasm")
-
-
-def entries(ptx):
-    """Kernel name to its PTX."""
-    parts = re.split(r"^\.visible \.entry (\w+)", ptx, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2]))
 
 
 def text_defects(stem, ptx, forbidden):
@@ -70,20 +70,23 @@ def text_defects(stem, ptx, forbidden):
             yield f"{stem}.ptx line {line} {what}"
 
 
-def walker_defects(kernels, table):
-    """`kernels` is the PTX by kernel, `table` what came out for each kernel and target."""
-    for name, wide in WALKERS.items():
+def walker_defects(table):
+    """`table` is what came out for each kernel and target."""
+    kernels = dict.fromkeys(kernel for kernel, _ in table)
+    for name, writes in WALKERS.items():
         walkers = [kernel for kernel in kernels if re.fullmatch(name, kernel)]
         if not walkers:
             yield f"no kernel is called {name} any more; say in scripts/ptxas.py which ones walk tensors"
         for kernel in walkers:
-            for pattern in wide:
-                if not re.search(pattern, kernels[kernel]):
-                    yield f"{kernel} has no 16-byte {'load' if pattern == WIDE_LOAD else 'store'}"
-            waits = [t for t in TARGETS if (kernel, t) in table and table[kernel, t].batches < BATCHES]
+            on = {target: table[kernel, target] for target in TARGETS if (kernel, target) in table}
+            waits = [target for target, usage in on.items() if usage.batches < BATCHES]
             if waits:
-                yield (f"{kernel} does not have {BATCH} loads in flight for each of {BATCHES} dtypes on "
+                yield (f"{kernel} does not have {BATCH} 16-byte loads in flight for each of {BATCHES} dtypes on "
                        f"{', '.join(waits)}")
+            narrow = [target for target, usage in on.items() if writes and usage.stores < BATCH * BATCHES]
+            if narrow:
+                yield (f"{kernel} does not have {BATCH} 16-byte stores for each of {BATCHES} dtypes on "
+                       f"{', '.join(narrow)}")
 
 
 def run(command):
@@ -107,7 +110,8 @@ def batches(instructions):
     return count
 
 
-def batches_by_kernel(nvdisasm, cubin):
+def machine_code(nvdisasm, cubin):
+    """Kernel to its instructions; an empty one where somebody may jump to."""
     result = run([nvdisasm, "-c", cubin])
     if result.returncode != 0:
         fail(f"nvdisasm: {result.stderr.strip()}")
@@ -119,21 +123,30 @@ def batches_by_kernel(nvdisasm, cubin):
             kernel = label.group(1)
             found[kernel] = []
         elif label and kernel:
-            found[kernel].append("")  # somebody may jump here
+            found[kernel].append("")
         elif instruction and kernel:
             found[kernel].append(re.sub(r"\s+", " ", instruction.group(1)))
-    return {kernel: batches(instructions) for kernel, instructions in found.items()}
+    return found
+
+
+def code_defects(code, target, forbidden):
+    for kernel, instructions in code.items():
+        for pattern, what in forbidden.items():
+            found = next((text for text in instructions if re.search(pattern, text)), None)
+            if found:
+                yield f"{kernel} on {target} {what}: {found}"
 
 
 def assemble(tools, stem, path, target, folder):
-    """(kernel to Usage, what lies in local memory) of one PTX file on one target."""
+    """(kernel to Usage, what is wrong, what is slow) of one PTX file on one target."""
     cubin = Path(folder) / f"{stem}.{target}.cubin"
     result = run([tools.ptxas, f"-arch={target}", "--verbose", "--warn-on-spills", "--warn-on-local-memory-usage", path,
                   "-o", cubin])
     if result.returncode != 0:
-        return {}, [f"ptxas {version(PTXAS)} does not take {stem}.ptx for {target}: {result.stderr.strip()}"]
-    in_flight = batches_by_kernel(tools.nvdisasm, cubin)
-    usages, spills, kernel = {}, [], None
+        return {}, [f"ptxas {version(PTXAS)} does not take {stem}.ptx for {target}: {result.stderr.strip()}"], []
+    code = machine_code(tools.nvdisasm, cubin)
+    wrong, slow = (list(code_defects(code, target, forbidden)) for forbidden in (WRONG_CODE, SLOW_CODE))
+    usages, kernel = {}, None
     for line in result.stderr.split("\n"):
         number = lambda pattern: int((re.search(pattern, line) or [0, 0])[1])
         compiling = re.search(r"Compiling entry function '(\w+)'", line)
@@ -143,27 +156,27 @@ def assemble(tools, stem, path, target, folder):
             for what in ("stack frame", "spill stores", "spill loads"):
                 size = number(rf"(\d+) bytes {what}")
                 if size:
-                    spills.append(f"{kernel} on {target}: {size} bytes {what}")
+                    slow.append(f"{kernel} on {target}: {size} bytes {what}")
         elif "Used" in line and " registers" in line:
-            usages[kernel] = Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), in_flight[kernel])
-    return usages, spills
+            stores = sum(bool(re.search(r"\bSTG\.E\.\S*128\b", text)) for text in code[kernel])
+            usages[kernel] = Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), batches(code[kernel]),
+                                   stores)
+    return usages, wrong, slow
 
 
 def measure(tools, modules, fast=True):
     """({(kernel, target): Usage}, defects) of PTX files, given by stem; without `fast`, only of defects in results."""
-    table, defects, kernels = {}, [], {}
+    table, defects = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for stem, path in modules.items():
             ptx = path.read_text()
-            kernels.update(entries(ptx))
             defects += text_defects(stem, ptx, {**WRONG, **SLOW} if fast else WRONG)
             for target in TARGETS:
-                usages, found = assemble(tools, stem, path, target, folder)
-                if fast or not usages:
-                    defects += found
+                usages, wrong, slow = assemble(tools, stem, path, target, folder)
+                defects += wrong + slow if fast else wrong
                 table.update({(kernel, target): usage for kernel, usage in sorted(usages.items())})
     if fast:
-        defects += walker_defects(kernels, table)
+        defects += walker_defects(table)
     return table, defects
 
 
@@ -179,7 +192,7 @@ def oldest_driver_defects(tools, modules):
 
 def print_table(table):
     width = max(len(kernel) for kernel, _ in table)
-    print(f"registers/bytes of shared memory/places with {BATCH} 16-byte loads in flight")
+    print(f"registers/bytes of shared memory/places with {BATCH} 16-byte loads in flight/16-byte stores")
     print(f"{'kernel':{width}} " + " ".join(f"{t:>12}" for t in TARGETS))
     for kernel in dict.fromkeys(kernel for kernel, _ in table):
         cells = ["/".join(map(str, table[kernel, t])) if (kernel, t) in table else "-" for t in TARGETS]

@@ -227,8 +227,12 @@ pub enum Error {
         /// What would have to be prepared.
         what: &'static str,
     },
-    /// The report was overwritten: [`REPORTS_KEPT`](crate::REPORTS_KEPT) later calls went through the same clipper.
-    #[error("the report is gone: only the last {} are kept on the device", crate::REPORTS_KEPT)]
+    /// The report was overwritten: [`REPORTS_KEPT`](crate::REPORTS_KEPT) later calls went through the same clipper, or, of a
+    /// call with a [`Scope`](crate::Scope), one more such call.
+    #[error(
+        "the report is gone: only the last {} are kept on the device, and of calls with a scope the last",
+        crate::REPORTS_KEPT
+    )]
     ReportExpired,
     /// The report of a call that was captured into a graph, before the graph has run.
     #[error("the call was captured into a graph that has not run yet; launch the graph before its report is read")]

@@ -126,7 +126,7 @@ pub use adapters::candle;
 pub use adapters::tch;
 #[cfg(any(feature = "candle", feature = "tch"))]
 #[cfg_attr(docsrs, doc(cfg(any(feature = "candle", feature = "tch"))))]
-pub use adapters::Deferred;
+pub use adapters::{Deferred, DeferredScoped};
 
 #[doc(hidden)]
 pub mod abi;

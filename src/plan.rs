@@ -12,6 +12,12 @@ pub(crate) struct TensorRef {
     pub dtype: Dtype,
 }
 
+impl TensorRef {
+    /// Of no memory: what stands for a variable without gradient.
+    #[cfg(any(feature = "candle-cuda", all(feature = "tch", feature = "cuda")))]
+    pub(crate) const NOTHING: Self = Self { address: 0, numel: 0, dtype: Dtype::F32 };
+}
+
 /// Tiles of a tensor: a tensor of any size starts a new one.
 pub(crate) fn num_tiles(numel: u64, dtype: Dtype) -> u64 {
     numel.div_ceil((TILE_BYTES / dtype.size()) as u64)

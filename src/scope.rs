@@ -19,6 +19,8 @@ pub struct Scope<'a> {
     pub(crate) kind: Kind<'a>,
     pub(crate) max_norms: Option<&'a [Option<f64>]>,
     pub(crate) telemetry: bool,
+    /// Thresholds only say how many groups there are.
+    pub(crate) only_measured: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,7 +85,7 @@ impl<'a> Scope<'a> {
     }
 
     const fn new(kind: Kind<'a>) -> Self {
-        Self { kind, max_norms: None, telemetry: false }
+        Self { kind, max_norms: None, telemetry: false, only_measured: false }
     }
 
     /// A threshold for each group (or tensor, or row); `None`: that one is only measured. Without this, all have the
@@ -94,8 +96,25 @@ impl<'a> Scope<'a> {
         self
     }
 
-    pub(crate) const fn without_thresholds(mut self) -> Self {
-        self.max_norms = None;
+    /// Where tensors know their shapes: `rows[i]` is the leading dimension of tensor `i`.
+    #[cfg(any(feature = "candle", feature = "tch"))]
+    pub(crate) fn with_leading_dimensions<'b>(&self, rows: &'b [usize]) -> Scope<'b>
+    where
+        'a: 'b,
+    {
+        let kind = if self.kind == Kind::LeadingDimension { Kind::Rows(rows) } else { self.kind };
+        Scope { kind, ..*self }
+    }
+
+    /// Rows of all tensors, where they count.
+    #[cfg(feature = "candle")]
+    pub(crate) fn num_rows(&self) -> usize {
+        let Kind::Rows(rows) = self.kind else { return 0 };
+        rows.iter().fold(0, |sum, &rows| sum.saturating_add(rows))
+    }
+
+    pub(crate) const fn only_measured(mut self) -> Self {
+        self.only_measured = true;
         self
     }
 
@@ -112,7 +131,8 @@ impl<'a> Scope<'a> {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ScopedReport {
-    /// Of each group, tensor or row; rows in the order of the list. `first_nonfinite` is an index in the list.
+    /// Of each group, tensor or row; rows in the order of the list. `first_nonfinite` is an index in the list. One without
+    /// elements has norm 0 and is not written.
     pub groups: Vec<NormReport>,
     /// Of each tensor, in the order of the list; empty without [`Scope::telemetry`].
     pub tensors: Vec<TensorStats>,
@@ -124,7 +144,7 @@ pub struct ScopedReport {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct TensorStats {
-    /// Norm of the tensor alone, of the order asked for.
+    /// Norm of the tensor alone, of the order asked for. (With rows its sum starts anew in each: other last bits.)
     pub norm: f64,
     /// Largest magnitude of its finite elements; 0 if there are none.
     pub max_abs: f64,

@@ -3,6 +3,7 @@
 use crate::abi::{ScopedGroup, ScopedTensor, TensorDesc, SAME_THRESHOLD};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::fp_env::DefaultFpEnv;
 use crate::plan::{num_tiles, Plan};
 use crate::scope::{Kind, Scope};
 use std::ops::Range;
@@ -27,7 +28,9 @@ struct Source {
     groups: Option<Vec<usize>>,
     rows: Option<Vec<usize>>,
     per_tensor: bool,
-    max_norms: Option<Vec<Option<f64>>>,
+    /// By their bits: the caller's floating-point environment may take a subnormal for zero.
+    max_norms: Option<Vec<Option<u64>>>,
+    only_measured: bool,
 }
 
 impl Source {
@@ -39,10 +42,12 @@ impl Source {
             Kind::PerTensor => source.per_tensor = true,
             Kind::Global | Kind::LeadingDimension => {}
         }
-        source.max_norms = scope.max_norms.map(<[_]>::to_vec);
+        source.max_norms = scope.max_norms.map(|all| all.iter().map(bits).collect());
+        source.only_measured = only_measured(scope);
         source
     }
 
+    #[cfg(any(feature = "cuda", test))]
     fn is(&self, descs: &[TensorDesc], scope: &Scope<'_>) -> bool {
         let same_kind = match scope.kind {
             Kind::Groups(groups) => self.groups.as_deref() == Some(groups),
@@ -51,8 +56,21 @@ impl Source {
             Kind::Global => self.groups.is_none() && self.rows.is_none() && !self.per_tensor,
             Kind::LeadingDimension => false,
         };
-        same_kind && self.max_norms.as_deref() == scope.max_norms && self.descs == descs
+        let same_thresholds = match (&self.max_norms, scope.max_norms) {
+            (Some(own), Some(others)) => own.iter().copied().eq(others.iter().map(bits)),
+            (own, others) => own.is_none() && others.is_none(),
+        };
+        same_kind && same_thresholds && self.only_measured == only_measured(scope) && self.descs == descs
     }
+}
+
+/// Whether there are thresholds that do not count.
+fn only_measured(scope: &Scope<'_>) -> bool {
+    scope.only_measured && scope.max_norms.is_some()
+}
+
+fn bits(max_norm: &Option<f64>) -> Option<u64> {
+    max_norm.map(f64::to_bits)
 }
 
 impl ScopedPlan {
@@ -75,6 +93,9 @@ impl ScopedPlan {
         }
         if let Some(max_norms) = scope.max_norms {
             expect_length("max_norms", of.groups.len(), max_norms.len())?;
+        }
+        if let Some(max_norms) = scope.max_norms.filter(|_| !scope.only_measured) {
+            let _env = DefaultFpEnv::enter(); // else a negative subnormal may pass for zero
             for (group, max_norm) in of.groups.iter_mut().zip(max_norms) {
                 group.max_norm = threshold(*max_norm)?.to_bits();
             }
@@ -83,6 +104,7 @@ impl ScopedPlan {
     }
 
     /// Whether this plan is that of this call. A plan of nothing is that of an empty list.
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn is_for(&self, plan: &Plan, scope: &Scope<'_>) -> bool {
         self.telemetry == scope.telemetry && !self.groups.is_empty() && self.made_of.is(plan.descs(), scope)
     }
@@ -93,6 +115,7 @@ impl ScopedPlan {
         (tile < u64::from(self.num_tiles)).then(|| self.tensors[after - 1].index as usize)
     }
 
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn has_f64(&self) -> bool {
         self.tensors.iter().any(|tensor| tensor.dtype == Dtype::F64 as u32)
     }
@@ -103,6 +126,7 @@ impl ScopedPlan {
     }
 
     fn add_groups(&mut self, descs: &[TensorDesc], groups: usize, group_of: impl Fn(usize) -> usize) -> Result<()> {
+        self.make_room(groups)?;
         let mut order: Vec<usize> = (0..descs.len()).collect();
         order.sort_by_key(|&index| group_of(index)); // stable
         self.groups_of.extend((0..descs.len()).map(|index| group_of(index)..group_of(index) + 1));
@@ -127,10 +151,11 @@ impl ScopedPlan {
             }
             // An empty tensor may have any number of rows.
             let too_large = Error::TooLarge { tensor: index, numel: desc.numel };
-            let last_group = first_group.checked_add(rows).and_then(|end| u32::try_from(end).ok()).ok_or(too_large)?;
+            let end = first_group.checked_add(rows).and_then(|end| i32::try_from(end).ok()).ok_or(too_large)?;
+            self.make_room(rows)?;
             self.add_tensor(index, desc, rows as u64, first_group)?;
             let added = self.tensors[self.tensors.len() - 1];
-            for row in 0..last_group - first_group as u32 {
+            for row in 0..end as u32 - first_group as u32 {
                 self.add_group(added.first_tile + row * added.tiles_per_row, added.tiles_per_row, added.row_numel);
             }
             self.groups_of.push(first_group..self.groups.len());
@@ -157,6 +182,14 @@ impl ScopedPlan {
         });
         self.num_tiles = end;
         Ok(())
+    }
+
+    /// Rows that are empty, and groups that have only a threshold, can be more than memory holds.
+    fn make_room(&mut self, groups: usize) -> Result<()> {
+        let bytes = groups.saturating_mul(size_of::<ScopedGroup>());
+        let fits = self.groups.len().checked_add(groups).is_some_and(|all| i32::try_from(all).is_ok());
+        let room = fits && self.groups.try_reserve(groups).is_ok();
+        room.then_some(()).ok_or(Error::OutOfMemory { what: "table of groups", bytes })
     }
 
     fn add_group(&mut self, first_tile: u32, num_tiles: u32, numel: u64) {
@@ -259,9 +292,17 @@ mod tests {
             let bad = [Some(1.0), Some(bad)];
             assert!(matches!(refused(Scope::per_tensor().max_norms(&bad)), Error::InvalidThreshold { .. }));
         }
+        // Where thresholds do not count, only their number does.
+        let (odd, few) = ([Some(-1.0), Some(f64::NAN)], [None]);
+        let measured = ScopedPlan::new(&list, &Scope::per_tensor().max_norms(&odd).only_measured()).unwrap();
+        assert_eq!(measured.groups[0].max_norm, SAME_THRESHOLD);
+        let too_few = Scope::per_tensor().max_norms(&few).only_measured();
+        assert_eq!(refused(too_few), Error::ScopeLength { what: "max_norms", expected: 2, got: 1 });
         let empty = plan(&[(0, Dtype::F32)]);
         let many = Scope::rows(&[usize::MAX]);
         assert!(matches!(ScopedPlan::new(&empty, &many), Err(Error::TooLarge { tensor: 0, .. })));
+        let most = Scope::rows(&[i32::MAX as usize + 1]);
+        assert!(matches!(ScopedPlan::new(&empty, &most), Err(Error::TooLarge { tensor: 0, .. })));
         // A group without tensors has a threshold, too.
         let three = [Some(1.0), None, Some(0.0)];
         let scoped = ScopedPlan::new(&list, &Scope::groups(&[2, 2]).max_norms(&three)).unwrap();
@@ -269,5 +310,33 @@ mod tests {
             scoped.groups.iter().map(|group| f64::from_bits(group.max_norm)).collect::<Vec<_>>(),
             [1.0, f64::INFINITY, 0.0]
         );
+        assert_eq!(scoped.groups.len(), 3);
+    }
+
+    #[test]
+    fn the_same_call_is_known_and_no_other() {
+        let list = plan(&[(6, Dtype::F32), (4, Dtype::F32)]);
+        let (one, two) = ([Some(0.0), None], [Some(f64::from_bits(1)), None]);
+        let scopes = [
+            Scope::global(),
+            Scope::per_tensor(),
+            Scope::per_tensor().telemetry(),
+            Scope::per_tensor().max_norms(&one),
+            Scope::per_tensor().max_norms(&two),
+            Scope::per_tensor().max_norms(&two).only_measured(),
+            Scope::groups(&[0, 1]),
+            Scope::groups(&[1, 0]),
+            Scope::rows(&[2, 2]),
+            Scope::rows(&[3, 2]),
+        ];
+        for (made, scope) in scopes.iter().enumerate() {
+            let scoped = ScopedPlan::new(&list, scope).unwrap();
+            for (asked, scope) in scopes.iter().enumerate() {
+                assert_eq!(scoped.is_for(&list, scope), made == asked, "{made} {asked}");
+            }
+            assert!(!scoped.is_for(&plan(&[(6, Dtype::F32), (4, Dtype::F16)]), scope));
+        }
+        let measured = ScopedPlan::new(&list, &Scope::global().only_measured()).unwrap();
+        assert!(measured.is_for(&list, &Scope::global()), "without thresholds there is no difference");
     }
 }

@@ -4,7 +4,7 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Storage, Tensor, Var};
-use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormReport, NormType, ValueReport};
+use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, ValueReport};
 
 fn total_norm(vars: &[Var], grads: &GradStore, norm_type: NormType) -> Result<NormReport, Error> {
     gradclip::candle::total_norm(vars, grads, norm_type)?.wait()
@@ -16,6 +16,23 @@ fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipNorm>
 
 fn clip_grad_value(vars: &[Var], grads: &mut GradStore, clip: impl Into<ClipValue>) -> Result<ValueReport, Error> {
     gradclip::candle::clip_grad_value(vars, grads, clip)?.wait()
+}
+
+fn norms_by(vars: &[Var], grads: &GradStore, scope: &Scope<'_>) -> Result<ScopedReport, Error> {
+    gradclip::candle::norms_by(vars, grads, scope, NormType::L2)?.wait()
+}
+
+fn clip_grad_norm_by(
+    vars: &[Var],
+    grads: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<ScopedReport, Error> {
+    gradclip::candle::clip_grad_norm_by(vars, grads, scope, clip)?.wait()
+}
+
+fn norms(report: &ScopedReport) -> Vec<f64> {
+    report.groups.iter().map(|group| group.total_norm).collect()
 }
 
 fn var(values: &[f32]) -> Var {
@@ -287,6 +304,111 @@ fn reading_a_gradient_in_the_pool_that_clips_it() {
                     }
                 };
                 rayon::join(clip, || rayon::scope(|scope| (0..2000).for_each(|_| scope.spawn(|_| read()))));
+            }
+        });
+    }));
+}
+
+/// Every variable has its place in the lists of the scope and of the report, with a gradient or without.
+#[test]
+fn scopes_count_variables() {
+    let vars = [var(&[0.0]), var(&[0.0; 3]), var(&[0.0]), var(&[0.0])];
+    let with = [vars[0].clone(), vars[2].clone(), vars[3].clone()];
+    let make = || store(&with, &[tensor(&[3.0, 4.0]), tensor(&[f32::NAN, 0.0]), tensor(&[30.0])]);
+    let mut grads = make();
+    let report = clip_grad_norm_by(&vars, &mut grads, &Scope::per_tensor().telemetry(), 1.0).unwrap();
+    assert_eq!((norms(&report)[..2].to_vec(), norms(&report)[3]), (vec![5.0, 0.0], 30.0));
+    assert_eq!((report.groups[2].first_nonfinite, report.tensors[2].nonfinite), (Some(2), 1));
+    assert_eq!((report.tensors[1].norm, report.tensors[1].zeros, report.tensors[2].zeros), (0.0, 0, 1));
+    assert_eq!(
+        (values(&grads, &vars[0]), values(&grads, &vars[3])),
+        (vec![0.6f32, 0.8].iter().map(|&x| x.into()).collect(), vec![1.0])
+    );
+    assert!(values(&grads, &vars[2])[0].is_nan());
+    // The second group has only the variable without gradient.
+    let mut grads = make();
+    let max_norms = [Some(2.5), None, Some(3.0)];
+    let scope = Scope::groups(&[0, 1, 0, 2]).max_norms(&max_norms);
+    let error =
+        clip_grad_norm_by(&vars, &mut grads, &scope, ClipNorm::new(1.0).nonfinite(NonFinite::Error)).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
+    let report = clip_grad_norm_by(&vars, &mut grads, &scope, 1.0).unwrap();
+    assert_eq!((norms(&report)[1..].to_vec(), report.groups[0].first_nonfinite), (vec![0.0, 30.0], Some(2)));
+    assert_eq!((values(&grads, &vars[0]), values(&grads, &vars[3])), (vec![3.0, 4.0], vec![3.0]));
+    assert_eq!(norms_by(&vars, &grads, &Scope::groups(&[0, 3, 3, 3])).unwrap().groups.len(), 4);
+    // Errors by the numbers of the variables.
+    for (scope, expected) in [
+        (Scope::groups(&[0, 1, 0]), Error::ScopeLength { what: "groups", expected: 4, got: 3 }),
+        (Scope::groups(&[0, 0, 0, 9]), Error::NoSuchGroup { tensor: 3, group: 9, groups: 4 }),
+        (Scope::rows(&[1, 7, 1, 2]), Error::UnevenRows { tensor: 3, numel: 1, rows: 2 }),
+    ] {
+        assert_eq!(clip_grad_norm_by(&vars, &mut grads, &scope, 1.0).unwrap_err(), expected);
+        assert_eq!(norms_by(&vars, &grads, &scope).unwrap_err(), expected);
+    }
+    assert!(clip_grad_norm_by(&vars, &mut grads, &Scope::global(), -1.0).is_err());
+    let shared = tensor(&[3.0, 4.0]);
+    let mut grads = store(&vars[1..], &[shared.clone(), shared.narrow(0, 1, 1).unwrap()]);
+    let overlap = Error::Overlap { first: 1, second: 2 };
+    assert_eq!(clip_grad_norm_by(&vars, &mut grads, &Scope::per_tensor(), 1.0).unwrap_err(), overlap);
+    // A gradient of two variables counts as that of the first.
+    let mut grads = store(&vars[1..], &[shared.clone(), shared.clone()]);
+    let report = clip_grad_norm_by(&vars, &mut grads, &Scope::per_tensor(), 2.5).unwrap();
+    assert_eq!((norms(&report), shared.to_vec1::<f32>().unwrap()), (vec![0.0, 5.0, 0.0, 0.0], vec![1.5, 2.0]));
+    assert_eq!(clip_grad_norm_by(&[], &mut grads, &Scope::per_tensor(), 1.0).unwrap().groups, []);
+}
+
+#[test]
+fn rows_by_the_shapes_of_the_gradients() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let matrix = Tensor::new(&[[3.0f32, 4.0], [0.3, 0.4], [6.0, 8.0]], &Device::Cpu).unwrap();
+    let scalar = Tensor::new(5.0f32, &Device::Cpu).unwrap();
+    let without = Var::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    let vars = [var(&[0.0]), var(&[0.0]), var(&[0.0]), var(&[0.0]), without];
+    let mut grads = store(&vars, &[matrix.clone(), scalar, zeros(&[0, 5]), zeros(&[5, 0])]);
+    let scope = Scope::leading_dimension().telemetry();
+    let report = clip_grad_norm_by(&vars, &mut grads, &scope, 1.0).unwrap();
+    assert_eq!(report.groups.len(), 3 + 1 + 5 + 2);
+    let rows: Vec<usize> = (0..5).map(|i| report.of_tensor(i).unwrap().len()).collect();
+    assert_eq!(rows, [3, 1, 0, 5, 2]);
+    let written: Vec<bool> = report.groups.iter().map(|group| group.written).collect();
+    assert_eq!(written[..4], [true, false, true, true]);
+    assert_eq!(report.num_written(), 3);
+    let expected = [0.6f32, 0.8, 0.3, 0.4, 0.6, 0.8];
+    assert_eq!(values(&grads, &vars[0]), expected.map(f64::from));
+    assert_eq!(values(&grads, &vars[1]), [1.0]);
+    assert_eq!(report.tensors[0].max_abs, 8.0);
+    // Not contiguous: its rows are those of its shape, not of its memory.
+    let mut grads = store(&vars[..1], &[matrix.t().unwrap()]);
+    let expected: Vec<f64> =
+        values(&grads, &vars[0]).chunks(3).map(|row| row.iter().map(|x| x * x).sum::<f64>().sqrt()).collect();
+    let report = clip_grad_norm_by(&vars[..1], &mut grads, &scope, 0.5).unwrap();
+    for (got, expected) in norms(&report).iter().zip(&expected) {
+        assert!((got / expected - 1.0).abs() < 1e-12);
+    }
+    let clipped = norms_by(&vars[..1], &grads, &Scope::leading_dimension()).unwrap();
+    assert!(norms(&clipped).iter().all(|norm| (norm - 0.5).abs() < 1e-6), "{clipped:?}");
+}
+
+/// Jobs that write the same gradients, in the pool in which many small ones are measured under their locks.
+#[test]
+fn writing_small_gradients_in_the_pool_that_measures_them() {
+    assert!(ends(|| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        let vars: Vec<Var> = (0..200).map(|_| var(&[0.0])).collect();
+        let flat = Tensor::ones(8 * 200, DType::F32, &Device::Cpu).unwrap();
+        let parts: Vec<Tensor> = (0..200).map(|i| flat.narrow(0, 8 * i, 8).unwrap()).collect();
+        let grads = store(&vars, &parts);
+        let write = || {
+            let mut one = store(&vars[..1], &parts[..1]);
+            clip_grad_value(&vars[..1], &mut one, 2.0).unwrap();
+        };
+        pool.install(|| {
+            for _ in 0..300 {
+                let measure = || {
+                    total_norm(&vars, &grads, NormType::L2).unwrap();
+                    norms_by(&vars, &grads, &Scope::leading_dimension()).unwrap();
+                };
+                rayon::join(measure, || rayon::scope(|scope| (0..50).for_each(|_| scope.spawn(|_| write()))));
             }
         });
     }));

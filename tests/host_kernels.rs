@@ -8,7 +8,7 @@ mod data;
 mod support;
 
 use data::{bits, Source, Tensor, Values, DTYPES};
-use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType};
+use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType, Scope, TensorStats};
 use support::runner::{self, Case, Operation, Runner};
 
 fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
@@ -20,7 +20,7 @@ fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
     };
     let size = dtype.size();
     let data = tensor.values.bits().iter().flat_map(|bits| bits.to_le_bytes()[..size].to_vec()).collect();
-    runner::Tensor { dtype, misalign: (tensor.offset * size % 16) as u32, data }
+    runner::Tensor { dtype, misalign: (tensor.offset * size % 16) as u32, rows: 1, data }
 }
 
 fn bits_of(tensor: &runner::Tensor, bytes: &[u8]) -> Vec<u64> {
@@ -214,11 +214,86 @@ fn kernels_and_cpu_path_agree_out_of_place() {
     }
     for (index, (outcome, case)) in runner.run(&cases).iter().zip(&cases).enumerate() {
         let output_bits = |(i, bytes): (usize, &Vec<u8>)| {
-            bits_of(&runner::Tensor { dtype: case.output(i).unwrap().0, misalign: 0, data: vec![] }, bytes)
+            bits_of(&runner::Tensor { dtype: case.output(i).unwrap().0, misalign: 0, rows: 0, data: vec![] }, bytes)
         };
         let outputs: Vec<_> = outcome.outputs.iter().enumerate().map(output_bits).collect();
         assert_eq!(outputs, expected[index], "case {index}: {:?}", case.operation);
         let before = case.tensors.iter().map(|tensor| &tensor.data);
         assert!(outcome.tensors.iter().eq(before), "case {index}: a gradient was written");
+    }
+}
+
+/// Rows of odd lengths that share packs with their neighbours, rows of more than a tile, more rows than a warp folds,
+/// and no rows at all, with NaN and Inf among them.
+fn lists_of_rows() -> Vec<Vec<(Tensor, usize)>> {
+    let mut source = Source::new(12);
+    let mut lists = vec![vec![], vec![(source.tensor(Dtype::F32, 0, 0), 0), (source.tensor(Dtype::F16, 0, 0), 3)]];
+    for dtype in DTYPES {
+        let tile = 32 * 1024 / dtype.size();
+        let shapes = [(7, 3), (0, 0), (1, 5), (3, tile / 8 + 3), (2, tile + 1), (4, 0), (5, tile / 2048 + 1)];
+        let mut list: Vec<_> = shapes
+            .into_iter()
+            .enumerate()
+            .map(|(i, (rows, numel))| (source.tensor(dtype, rows * numel, i % 4), rows))
+            .collect();
+        for (one, special) in [(0, f64::NAN), (3, f64::INFINITY), (4, 0.0), (6, 1e-30)] {
+            let mut values = list[one].0.values.values();
+            let place = values.len() - 2;
+            values[place] = special;
+            values[1] = special;
+            list[one].0.values = Values::from_f64(dtype, values);
+        }
+        lists.push(list);
+        lists.push(vec![(source.tensor(dtype, 900, 1), 300), (source.tensor(DTYPES[1], 40, 0), 40)]);
+    }
+    lists
+}
+
+#[test]
+fn scoped_kernels_and_cpu_path_agree() {
+    let Some(runner) = Runner::from_env() else { return };
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    for (index, list) in lists_of_rows().into_iter().enumerate() {
+        let (list, rows): (Vec<Tensor>, Vec<usize>) = list.into_iter().unzip();
+        let mut tensors: Vec<_> = list.iter().map(runner_tensor).collect();
+        tensors.iter_mut().zip(&rows).for_each(|(tensor, &rows)| tensor.rows = rows as u64);
+        for variant in 0..6 {
+            let (one_group, norm_type) = (variant % 2 == 1, [NormType::L1, NormType::L2, NormType::Inf][variant / 2]);
+            let stats = (index + variant / 2) % 2 == 0;
+            let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
+            let clip = ClipNorm::new(2e-2).norm_type(norm_type).nonfinite(policy);
+            let scope = if one_group { Scope::global() } else { Scope::rows(&rows) };
+            let scope = if stats { scope.telemetry() } else { scope };
+            let mut clipped = list.clone();
+            let report = cpu::clip_grad_norm_by(&mut clipped, &scope, clip).unwrap();
+            cases.push(Case {
+                tensors: tensors.clone(),
+                operation: Operation::Scoped {
+                    max_norm: 2e-2,
+                    norm_type: norm_type as u32,
+                    nonfinite: ((index + variant) % 3) as u32,
+                    one_group,
+                    stats,
+                },
+                table_in_memory: true,
+                with_scales: true,
+                blocks: 1 + variant as u32,
+                reversed: (index + variant / 3) % 2 == 1,
+            });
+            expected.push((report, bits(&clipped), format!("list {index}, {clip:?}, one group: {one_group}")));
+        }
+    }
+    assert!(expected.iter().any(|(report, ..)| (1..report.groups.len()).contains(&report.num_written())));
+    for ((outcome, case), (report, tensors, what)) in runner.run(&cases).iter().zip(&cases).zip(&expected) {
+        let groups: Vec<_> =
+            outcome.groups.iter().map(|group| (group.total_norm.to_bits(), group.clip_coef.to_bits())).collect();
+        let on_cpu: Vec<_> =
+            report.groups.iter().map(|group| (group.total_norm.to_bits(), group.clip_coef.to_bits())).collect();
+        assert_eq!(groups, on_cpu, "{what}: norms");
+        let stats: Vec<TensorStats> = outcome.stats.iter().map(|&slot| slot.into()).collect();
+        assert_eq!(format!("{stats:?}"), format!("{:?}", report.tensors), "{what}: telemetry");
+        let got: Vec<_> =
+            case.tensors.iter().zip(&outcome.tensors).map(|(tensor, bytes)| bits_of(tensor, bytes)).collect();
+        assert_eq!(&got, tensors, "{what}: gradients");
     }
 }

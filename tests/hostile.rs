@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use gradclip::cpu::{self, AsGrad, AsGradMut, Grad, GradMut};
-use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormType};
+use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormType, Scope};
 use half::{bf16, f16};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -493,4 +493,157 @@ fn unmasked_exceptions_do_not_trap() {
     let now = mxcsr();
     set_mxcsr(before);
     assert_eq!(now, 0);
+}
+
+/// Thresholds of groups, in every combination with those of the call: as good or bad as in a call of their own.
+#[test]
+fn thresholds_of_groups_all_combinations() {
+    let odd = [
+        f64::NAN,
+        f64::from_bits(0x7ff8_0000_0000_0001), // what stands for the threshold of the call, inside
+        f64::from_bits(0x7ff0_0000_0000_0001),
+        -0.0,
+        0.0,
+        -1.0,
+        5e-324,
+        -5e-324,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::MAX,
+        1.0,
+    ];
+    let lists: [&[f64]; 5] = [&[], &[3.0, -4.0], &[5e-324, -0.0], &[f64::NAN, 1.0], &[f64::MAX, f64::MAX]];
+    for of_call in odd {
+        for of_group in odd.map(Some).into_iter().chain([None]) {
+            for policy in POLICIES {
+                let clip = |max_norm: f64| ClipNorm::new(max_norm).nonfinite(policy);
+                let mut grads: Vec<Vec<f64>> = lists.iter().map(|list| list.to_vec()).collect();
+                let max_norms = [of_group; 5];
+                let result =
+                    cpu::clip_grad_norm_by(&mut grads, &Scope::per_tensor().max_norms(&max_norms), clip(of_call));
+                let own = of_group.unwrap_or(f64::INFINITY);
+                let bad = |threshold: f64| threshold.is_nan() || threshold < 0.0;
+                let mut alone: Vec<Vec<f64>> = lists.iter().map(|list| list.to_vec()).collect();
+                if bad(of_call) || bad(own) {
+                    assert!(matches!(result, Err(Error::InvalidThreshold { name: "max_norm", .. })), "{result:?}");
+                } else if policy == NonFinite::Error {
+                    assert!(matches!(result, Err(Error::NonFinite { tensor: Some(3), .. })), "{result:?}");
+                } else {
+                    let report = result.unwrap();
+                    for (index, one) in alone.iter_mut().enumerate() {
+                        let mut expected = cpu::clip_grad_norm(std::slice::from_mut(one), clip(own)).unwrap();
+                        expected.first_nonfinite = expected.first_nonfinite.map(|_| index);
+                        assert_eq!(format!("{:?}", report.groups[index]), format!("{expected:?}"));
+                    }
+                }
+                let bits = |lists: &[Vec<f64>]| -> Vec<Vec<u64>> {
+                    lists.iter().map(|list| list.iter().map(|x| x.to_bits()).collect()).collect()
+                };
+                assert_eq!(bits(&grads), bits(&alone), "{of_call} {of_group:?} {policy:?}");
+            }
+        }
+    }
+}
+
+/// A negative subnormal is negative, also where the caller's thread takes it for zero; and a trap would end the process.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn thresholds_of_groups_in_odd_environments() {
+    let before = mxcsr();
+    for setting in [0x9fc0u32, 0] {
+        for (max_norm, good) in [(-5e-324, false), (5e-324, true), (f64::from_bits(0x7ff0_0000_0000_0001), false)] {
+            let mut grads = [[3.0f32, 4.0]];
+            let max_norms = [Some(max_norm)];
+            set_mxcsr(setting);
+            let scope = Scope::per_tensor().max_norms(&max_norms).telemetry();
+            let result = cpu::clip_grad_norm_by(&mut grads, &scope, 1.0).is_ok();
+            let now = mxcsr();
+            set_mxcsr(before);
+            assert_eq!((result, now), (good, setting), "{max_norm:e}");
+            assert_eq!(grads, if good { [[0.0, 0.0]] } else { [[3.0, 4.0]] });
+        }
+    }
+}
+
+#[test]
+fn scopes_of_odd_sizes() {
+    let mut grads = [vec![3.0f32, 4.0], vec![], vec![1.0; 6]];
+    let mut refused = |scope: Scope<'_>| {
+        let error = cpu::clip_grad_norm_by(&mut grads, &scope, 0.1).unwrap_err();
+        assert_eq!(grads, [vec![3.0f32, 4.0], vec![], vec![1.0; 6]], "{scope:?}");
+        error
+    };
+    let group = usize::MAX;
+    assert_eq!(refused(Scope::groups(&[0, group, 0])), Error::NoSuchGroup { tensor: 1, group, groups: 3 });
+    assert_eq!(refused(Scope::groups(&[0, 0, 3])), Error::NoSuchGroup { tensor: 2, group: 3, groups: 3 });
+    assert_eq!(
+        refused(Scope::groups(&[0, 0, 0]).max_norms(&[])),
+        Error::NoSuchGroup { tensor: 0, group: 0, groups: 0 }
+    );
+    for rows in [usize::MAX, usize::MAX / 2 + 1, 1 << 32, 1 << 31] {
+        assert_eq!(refused(Scope::rows(&[rows, 0, 1])), Error::UnevenRows { tensor: 0, numel: 2, rows });
+        assert_eq!(refused(Scope::rows(&[1, rows, 1])), Error::TooLarge { tensor: 1, numel: 0 });
+        assert_eq!(refused(Scope::rows(&[0, rows, 1])), Error::UnevenRows { tensor: 0, numel: 2, rows: 0 });
+    }
+    let lists: [&[usize]; 4] = [&[], &[1], &[0, 0], &[1, 1, 1, 1]];
+    for list in lists {
+        assert!(matches!(refused(Scope::groups(list)), Error::ScopeLength { what: "groups", expected: 3, .. }));
+        assert!(matches!(refused(Scope::rows(list)), Error::ScopeLength { what: "rows", expected: 3, .. }));
+    }
+    for count in [0, 2, 4, 1000] {
+        let max_norms = vec![None; count];
+        assert!(matches!(refused(Scope::per_tensor().max_norms(&max_norms)), Error::ScopeLength { expected: 3, .. }));
+        assert!(matches!(
+            refused(Scope::rows(&[2, 5, 6]).max_norms(&max_norms)),
+            Error::ScopeLength { expected: 13, .. }
+        ));
+        assert!(matches!(refused(Scope::global().max_norms(&max_norms)), Error::ScopeLength { expected: 1, .. }));
+    }
+    // Errors of the list come first, and of nothing there is nothing to refuse.
+    let flat = [1.0f32; 8];
+    let overlapping = [&flat[0..4], &flat[3..8]];
+    let error = cpu::norms_by(&overlapping, &Scope::rows(&[9, 9]), NormType::L2).unwrap_err();
+    assert_eq!(error, Error::Overlap { first: 0, second: 1 });
+    let nothing: [Vec<f32>; 0] = [];
+    for scope in [Scope::global(), Scope::per_tensor(), Scope::groups(&[]), Scope::rows(&[])] {
+        let report = cpu::norms_by(&nothing, &scope.telemetry(), NormType::L2).unwrap();
+        assert_eq!(
+            (report.groups.len(), report.num_written(), report.of_tensor(0)),
+            (usize::from(scope == Scope::global()), 0, None)
+        );
+    }
+}
+
+#[test]
+fn many_tensors_groups_and_rows() {
+    let count = 100_000;
+    let list = || -> Vec<Vec<f32>> { (0..count).map(|i| vec![1.0; i % 3]).collect() };
+    let group_of: Vec<usize> = (0..count).map(|i| (i * 7) % 1000).collect();
+    let rows: Vec<usize> = (0..count).map(|i| i % 3).collect();
+    for scope in [Scope::per_tensor(), Scope::groups(&group_of), Scope::rows(&rows)] {
+        let mut grads = list();
+        let report = cpu::clip_grad_norm_by(&mut grads, &scope.telemetry(), 0.5).unwrap();
+        let squares: f64 = report.groups.iter().map(|group| group.total_norm * group.total_norm).sum();
+        assert!((squares - 99_999.0).abs() < 1e-6, "{squares}");
+        assert!(report.groups.iter().all(|group| group.written == (group.total_norm > 0.0)));
+        assert_eq!(report.tensors[count - 1].max_abs, if (count - 1) % 3 == 0 { 0.0 } else { 1.0 });
+        grads[count - 2] = vec![f32::NAN; (count - 2) % 3];
+        assert_eq!(report.of_tensor(count - 2).is_some(), true);
+        let report = cpu::norms_by(&grads, &scope, NormType::L2).unwrap();
+        let bad: Vec<_> = report.groups.iter().filter_map(|group| group.first_nonfinite).collect();
+        assert!(bad.iter().all(|&tensor| tensor == count - 2) && !bad.is_empty(), "{bad:?}");
+    }
+}
+
+/// What lies about its length between two looks gets nonsense.
+#[test]
+fn liars_in_scopes() {
+    for (a, b) in [(6, 1_000_002), (1_000_002, 6), (0, 100_000), (100_002, 0), (6, 7), (6, 1)] {
+        let make = || Liar { a: vec![3.0; a], b: vec![7.0; b], calls: Default::default() };
+        for scope in [Scope::per_tensor(), Scope::groups(&[1, 0]), Scope::rows(&[3, 2]), Scope::rows(&[6, 0])] {
+            let mut grads = [make(), make()];
+            let _ = cpu::clip_grad_norm_by(&mut grads, &scope.telemetry(), 1.0);
+            let _ = cpu::norms_by(&grads, &scope, NormType::L1);
+        }
+    }
 }

@@ -147,6 +147,29 @@ fn what_f32_keeps_and_f16_and_bf16_lose() {
     assert!(off.abs() < 1e-7 && off_in_place.abs() > 1e-3, "{off:e} {off_in_place:e}");
 }
 
+/// A loss scale is removed in the product that clips: no rounding in between.
+#[test]
+fn unscaled_in_the_same_product() {
+    for (from, to) in PAIRS {
+        for (loss_scale, seed) in [(65536.0, 1), (1024.0, 2), (3.0, 3), (0.25, 4)] {
+            let grads = [Spec { dtype: from, numel: 4100, content: Content::Moderate, seed }.tensor()];
+            for max_norm in [1e-3, 1e9] {
+                let (outputs, report) = into(&grads, &[to], ClipNorm::new(max_norm).loss_scale(loss_scale));
+                assert_eq!(report.multiplier, report.clip_coef / loss_scale);
+                let (nearest, all) = check(&grads, &outputs, report.multiplier);
+                assert!(nearest as f64 > 0.98 * all as f64, "{from} to {to} / {loss_scale}: {nearest} of {all}");
+            }
+        }
+    }
+    // What a GradScaler does to f16: 2^-16 of a scaled gradient is below half of f16's smallest number.
+    let grads = [vec![f16::from_f32(0.001), f16::from_f32(1.0)]];
+    let mut master = [vec![0f32; 2]];
+    let report = cpu::clip_grad_norm_into(&grads, &mut master, ClipNorm::new(1.0).loss_scale(65536.0)).unwrap();
+    assert_eq!((report.clip_coef, report.multiplier), (1.0, 1.0 / 65536.0));
+    assert_eq!(master[0], [grads[0][0].to_f32() / 65536.0, 1.0 / 65536.0]);
+    assert_eq!(f16::from_f32(master[0][0]), f16::ZERO);
+}
+
 /// The norm after clipping is the threshold, closer than gradients of the first type could have it.
 #[test]
 fn mixed_lists_have_one_norm() {

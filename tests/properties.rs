@@ -270,6 +270,8 @@ fn bounds() -> impl Strategy<Value = (f64, f64)> {
         (bound(), bound()).prop_map(|(a, b)| (a.min(b), a.max(b))),
         (bound(), bound()).prop_map(|(a, b)| (-a.max(b), -a.min(b))),
     ]
+    // Others are refused.
+    .prop_filter("a number between them", |(lo, hi)| *lo < f64::INFINITY && *hi > f64::NEG_INFINITY)
 }
 
 const ANY_CONTENT: &[Content] =

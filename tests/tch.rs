@@ -9,7 +9,7 @@ mod support {
     pub mod tolerance;
 }
 
-use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, ValueReport};
+use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, ValueReport};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use support::tolerance;
 use tch::nn::{self, ConvConfig, Module, OptimizerConfig};
@@ -535,6 +535,102 @@ fn a_gradient_that_is_stored_negated() {
     }
 }
 
+fn clip_grad_norm_by(params: &[Tensor], scope: &Scope<'_>, clip: impl Into<ClipNorm>) -> Result<ScopedReport, Error> {
+    gradclip::tch::clip_grad_norm_by(params, scope, clip)?.wait()
+}
+
+fn norms_by(params: &[Tensor], scope: &Scope<'_>) -> Result<ScopedReport, Error> {
+    gradclip::tch::norms_by(params, scope, NormType::L2)?.wait()
+}
+
+fn norms(report: &ScopedReport) -> Vec<f64> {
+    report.groups.iter().map(|group| group.total_norm).collect()
+}
+
+/// Every parameter has its place in the lists of the scope and of the report, with a gradient or without.
+#[test]
+fn scopes_count_parameters() {
+    let list =
+        || [param(&tensor(&[3.0, 4.0])), without_gradient(), param(&tensor(&[f32::NAN, 0.0])), param(&tensor(&[30.0]))];
+    let params = list();
+    let report = clip_grad_norm_by(&params, &Scope::per_tensor().telemetry(), 1.0).unwrap();
+    assert_eq!((norms(&report)[..2].to_vec(), norms(&report)[3]), (vec![5.0, 0.0], 30.0));
+    assert_eq!(
+        (report.groups[2].first_nonfinite, report.tensors[2].nonfinite, report.tensors[1].zeros),
+        (Some(2), 1, 0)
+    );
+    assert_eq!((grad(&params[0]), grad(&params[3])), ([0.6f32, 0.8].map(f64::from).to_vec(), vec![1.0]));
+    assert!(grad(&params[2])[0].is_nan());
+    let (params, max_norms) = (list(), [Some(2.5), None, Some(3.0)]);
+    let scope = Scope::groups(&[0, 1, 0, 2]).max_norms(&max_norms);
+    let error = clip_grad_norm_by(&params, &scope, ClipNorm::new(1.0).nonfinite(NonFinite::Error)).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
+    let report = clip_grad_norm_by(&params, &scope, 1.0).unwrap();
+    assert_eq!((norms(&report)[1..].to_vec(), report.groups[0].first_nonfinite), (vec![0.0, 30.0], Some(2)));
+    assert_eq!((grad(&params[0]), grad(&params[3])), (vec![3.0, 4.0], vec![3.0]));
+    for (scope, expected) in [
+        (Scope::groups(&[0, 1, 0]), Error::ScopeLength { what: "groups", expected: 4, got: 3 }),
+        (Scope::groups(&[0, 0, 0, 9]), Error::NoSuchGroup { tensor: 3, group: 9, groups: 4 }),
+        (Scope::rows(&[1, 7, 1, 2]), Error::UnevenRows { tensor: 3, numel: 1, rows: 2 }),
+    ] {
+        assert_eq!(clip_grad_norm_by(&params, &scope, 1.0).unwrap_err(), expected);
+        assert_eq!(norms_by(&params, &scope).unwrap_err(), expected);
+    }
+    let shared = tensor(&[3.0, 4.0]);
+    let params = [without_gradient(), param(&shared), param(&shared.narrow(0, 1, 1))];
+    assert_eq!(norms_by(&params, &Scope::per_tensor()).unwrap_err(), Error::Overlap { first: 1, second: 2 });
+    let params = [without_gradient(), param(&shared), param(&shared)];
+    let report = clip_grad_norm_by(&params, &Scope::per_tensor(), 2.5).unwrap();
+    assert_eq!((norms(&report), values(&shared)), (vec![0.0, 5.0, 0.0], vec![1.5, 2.0]));
+}
+
+/// The slices along dimension 0, whatever the memory looks like: contiguous, transposed, channels-last, with gaps.
+#[test]
+fn rows_are_those_of_the_shape() {
+    tch::manual_seed(5);
+    let image = Tensor::randn([3, 4, 5, 2], (Kind::Float, CPU));
+    let matrix = Tensor::randn([6, 4], (Kind::Float, CPU));
+    let views: [fn(&Tensor, &Tensor) -> Tensor; 6] = [
+        |_, matrix| matrix.copy(),
+        |_, matrix| matrix.copy().transpose(0, 1),
+        |image, _| image.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]), // channels-last
+        |image, _| image.copy().permute([2, 0, 1, 3]),
+        |_, matrix| matrix.copy().narrow(1, 1, 2),
+        |_, matrix| matrix.copy().narrow(0, 2, 1).transpose(0, 1),
+    ];
+    for view in views {
+        for explicit in [false, true] {
+            let grad = view(&image, &matrix);
+            let slices: Vec<Vec<f64>> = (0..grad.size()[0]).map(|i| values(&grad.get(i))).collect();
+            let norm = |slice: &[f64]| slice.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let params = [without_gradient(), param(&grad)];
+            let (address, max_norm) = (params[1].grad().data_ptr(), norm(&slices[0]));
+            let rows = [1, slices.len()];
+            let scope = if explicit { Scope::rows(&rows) } else { Scope::leading_dimension() };
+            let report = clip_grad_norm_by(&params, &scope, max_norm).unwrap();
+            assert_eq!(report.groups.len(), 1 + slices.len());
+            for (index, slice) in slices.iter().enumerate() {
+                let group = &report.of_tensor(1).unwrap()[index];
+                assert!((group.total_norm / norm(slice) - 1.0).abs() < 1e-9);
+                let factor = if group.written { max_norm / norm(slice) } else { 1.0 };
+                for (got, x) in values(&params[1].grad().get(index as i64)).iter().zip(slice) {
+                    assert!((got - x * factor).abs() <= 1e-6 * x.abs(), "{got} {x} {factor}");
+                }
+            }
+            assert_eq!(params[1].grad().data_ptr(), address);
+        }
+    }
+    let empties = [
+        param(&Tensor::zeros([0, 5], (Kind::Float, CPU))),
+        param(&Tensor::zeros([5, 0], (Kind::Float, CPU))),
+        param(&Tensor::from(2.0f32)),
+        Tensor::zeros([2, 3], (Kind::Float, CPU)).set_requires_grad(true),
+    ];
+    let report = norms_by(&empties, &Scope::leading_dimension().telemetry()).unwrap();
+    let rows: Vec<usize> = (0..4).map(|i| report.of_tensor(i).unwrap().len()).collect();
+    assert_eq!((rows, norms(&report)), (vec![0, 5, 1, 2], vec![0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0]));
+}
+
 /// On a GPU: what the adapter adds to the CUDA back end, which has tests of its own.
 #[cfg(all(feature = "cuda", unix))]
 mod gpu {
@@ -629,6 +725,28 @@ mod gpu {
             assert_eq!(clipped.wait().unwrap().total_norm, 8192.0);
             assert!(clipped.pending().is_some());
             assert_eq!((after.min().double_value(&[]), after.max().double_value(&[])), (1.0, 1.0));
+        }
+    }
+
+    #[test]
+    fn scopes_give_the_same_bits_as_on_the_cpu() {
+        let Some(device) = device() else { return };
+        tch::manual_seed(2);
+        let grads = [
+            Tensor::randn([40, 30], (Kind::Float, CPU)),
+            Tensor::randn([7, 5], (Kind::Half, CPU)).transpose(0, 1),
+            Tensor::randn([3, 9], (Kind::Double, CPU)),
+        ];
+        let scopes =
+            [Scope::per_tensor().telemetry(), Scope::groups(&[0, 1, 1, 0]), Scope::leading_dimension().telemetry()];
+        for scope in scopes {
+            let [ours, theirs] = [CPU, device].map(|device| -> Vec<Tensor> {
+                grads.iter().map(|grad| param(&grad.to_device(device))).chain([without_gradient()]).collect()
+            });
+            assert_eq!(norms_by(&theirs, &scope).unwrap(), norms_by(&ours, &scope).unwrap());
+            let expected = clip_grad_norm_by(&ours, &scope, 2.0).unwrap();
+            assert_eq!(clip_grad_norm_by(&theirs, &scope, 2.0).unwrap(), expected);
+            assert_same(&theirs[..3], &ours[..3]);
         }
     }
 

@@ -67,6 +67,9 @@ const GI: usize = 1 << 30;
 pub const WEIGHT: usize = 2;
 pub const WEIGHTED: usize = 10;
 
+/// The list that is not part of a usual run.
+pub const LARGEST: &str = "64 GiB";
+
 /// Share of the time that is left for `indices` which the first of them gets.
 pub fn share(indices: &[usize]) -> f64 {
     let weight = |index: &usize| if *index < WEIGHTED { WEIGHT } else { 1 };
@@ -99,6 +102,7 @@ pub fn entries() -> Vec<Entry> {
     // What is awkward.
     entries.push(Entry::new(&Shapes { name: "GPT-2 off by one", ..shapes::gpt2() }, "bf16", 1));
     entries.push(Entry::new(&shapes::equal("1 GiB off by one", 1, GI / 2), "bf16", 1));
+    entries.push(Entry::new(&shapes::equal("1 GiB off by one", 1, GI / 4), "f32", 1));
     entries.push(Entry::new(&shapes::equal("2^31 + 1 elements", 1, (1 << 31) + 1), "bf16", 0));
 
     // By size.
@@ -125,5 +129,12 @@ pub fn entries() -> Vec<Entry> {
     each(&mut entries, &shapes::equal("3000 x 1 Mi", 3000, MI), usual);
     each(&mut entries, &shapes::gpt2(), &all[2..]);
     each(&mut entries, &shapes::equal("3000 x 4 Ki", 3000, 4 * KI), &all[2..]);
+    each(&mut entries, &moe, &all[2..]);
+    each(&mut entries, &shapes::vit_b16(), &["f32"]);
+    each(&mut entries, &shapes::mamba_130m(), &["f32"]);
+    each(&mut entries, &shapes::lora(), &["bf16"]);
+
+    // Takes twice this much memory, so a run of its own: `--max-gib 64`.
+    entries.extend(usual.iter().map(|dtype| bytes(LARGEST, 64 * GI - ALIGN, dtype)));
     entries
 }

@@ -26,7 +26,7 @@ pub struct Found {
 
 impl Found {
     /// A gradient whose owner, a framework, says that this is device memory of the stream's context.
-    #[cfg(feature = "tch")]
+    #[cfg(any(feature = "candle-cuda", feature = "tch"))]
     pub(crate) fn vouched_for(tensor: TensorRef) -> Self {
         Self { tensor, raw: false }
     }

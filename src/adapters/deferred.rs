@@ -3,10 +3,11 @@
 use super::variables::Variables;
 use crate::error::Result;
 use crate::report::{NormReport, Report};
+use crate::scope::ScopedReport;
 use crate::total_norm::TotalNorm;
 
 #[cfg(feature = "cuda")]
-use crate::cuda::Pending;
+use crate::cuda::{Pending, PendingScoped};
 
 /// The report of a call on tensors that may be in host memory or on a GPU. Of CPU tensors it is there at once; of CUDA
 /// tensors it stays on the device until [`wait`](Self::wait) is called. Dropping it costs nothing.
@@ -85,6 +86,69 @@ impl<R: Report> Deferred<R> {
         match &self.report {
             Place::Host(_) => None,
             Place::Device(pending) => Some(pending),
+        }
+    }
+}
+
+/// The report of a call with a [`Scope`](crate::Scope), on tensors that may be in host memory or on a GPU: a
+/// [`Deferred`] with more than one norm. Its lists have an entry for each variable.
+///
+/// ```
+/// # #[cfg(feature = "candle")] {
+/// # use candle_core::{Device, Var};
+/// # use gradclip::Scope;
+/// # fn main() -> candle_core::Result<()> {
+/// # let weight = Var::new(&[3.0f32, 4.0], &Device::Cpu)?;
+/// # let mut grads = (weight.as_tensor().sqr()? * 0.5)?.sum_all()?.backward()?;
+/// let clipped = gradclip::candle::clip_grad_norm_by(&[weight], &mut grads, &Scope::per_tensor(), 1.0)?; // no wait
+/// assert_eq!(clipped.wait()?.groups[0].total_norm, 5.0);
+/// # Ok(()) }
+/// # main().unwrap(); }
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "the report says what was found; `let _ =` it where that is of no interest"]
+pub struct DeferredScoped(ScopedPlace);
+
+#[derive(Clone, Debug)]
+enum ScopedPlace {
+    Host(ScopedReport),
+    #[cfg(feature = "cuda")]
+    Device(PendingScoped),
+}
+
+impl DeferredScoped {
+    pub(crate) fn on_host(report: ScopedReport) -> Self {
+        Self(ScopedPlace::Host(report))
+    }
+
+    #[cfg(feature = "cuda")]
+    #[allow(dead_code)] // without an adapter that has CUDA tensors
+    pub(crate) fn on_device(pending: PendingScoped) -> Self {
+        Self(ScopedPlace::Device(pending))
+    }
+
+    /// The report. Of CUDA tensors it waits for the stream, and copies it; see [`cuda::PendingScoped::wait`].
+    ///
+    /// # Errors
+    /// None of CPU tensors; those of [`cuda::PendingScoped::wait`] of CUDA tensors.
+    ///
+    #[cfg_attr(feature = "cuda", doc = "[`cuda::PendingScoped::wait`]: crate::cuda::PendingScoped::wait")]
+    #[cfg_attr(not(feature = "cuda"), doc = "[`cuda::PendingScoped::wait`]: crate#features")]
+    pub fn wait(&self) -> Result<ScopedReport> {
+        match &self.0 {
+            ScopedPlace::Host(report) => Ok(report.clone()),
+            #[cfg(feature = "cuda")]
+            ScopedPlace::Device(pending) => pending.wait(),
+        }
+    }
+
+    /// Of CUDA tensors, the report on the device.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn pending(&self) -> Option<&PendingScoped> {
+        match &self.0 {
+            ScopedPlace::Host(_) => None,
+            ScopedPlace::Device(pending) => Some(pending),
         }
     }
 }

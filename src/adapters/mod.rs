@@ -12,4 +12,4 @@ pub mod tch;
 mod variables;
 
 #[cfg(any(feature = "candle", feature = "tch"))]
-pub use deferred::Deferred;
+pub use deferred::{Deferred, DeferredScoped};

@@ -21,6 +21,15 @@ impl Variables {
         self.0.get(tensor).copied().unwrap_or(tensor)
     }
 
+    /// A list with a place for each of `count` variables: those that have no tensor in the list have `nothing` there.
+    pub(crate) fn spread<T: Clone>(&self, count: usize, nothing: T, tensors: impl IntoIterator<Item = T>) -> Vec<T> {
+        let mut spread = vec![nothing; count];
+        for (tensor, &variable) in tensors.into_iter().zip(&self.0) {
+            spread[variable] = tensor;
+        }
+        spread
+    }
+
     /// The same error, with indices of variables.
     pub(crate) fn name_in(&self, mut error: Error) -> Error {
         match &mut error {

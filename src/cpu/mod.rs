@@ -13,7 +13,7 @@ mod parallel;
 mod partial;
 mod scale;
 mod scale_into;
-mod scoped;
+pub(crate) mod scoped;
 mod stats;
 mod summation;
 
@@ -240,7 +240,8 @@ pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>
 
 /// The norm of each group of a [`Scope`]: of each tensor, of named groups, of each row.
 ///
-/// A group's norm has the bits of [`total_norm`] over a list of its tensors alone. Thresholds of the scope do not matter.
+/// A group's norm has the bits of [`total_norm`] over a list of its tensors alone. Of thresholds in the scope only their number
+/// matters.
 ///
 /// Cost: reads each gradient once, writes nothing; all cores.
 ///
@@ -260,7 +261,7 @@ pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>
 /// ```
 pub fn norms_by<G: AsGrad>(grads: &[G], scope: &Scope<'_>, norm_type: NormType) -> Result<ScopedReport> {
     let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
-    Ok(scoped::measure(&grads, &scope.without_thresholds(), &ClipNorm::measure_only(norm_type))?.report)
+    Ok(scoped::measure(&grads, &scope.only_measured(), &ClipNorm::measure_only(norm_type))?.report)
 }
 
 /// [`clip_grad_norm`] of each group of a [`Scope`] by itself: each tensor, named groups, each row; with a threshold for

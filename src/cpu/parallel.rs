@@ -126,15 +126,28 @@ pub(crate) fn scale_pairs(verdict: &Verdict, pairs: Vec<Pair<'_>>) {
 /// Applies to each gradient its own verdict.
 pub(crate) fn scale_each(verdicts: &[&Verdict], grads: &mut [GradMut<'_>]) {
     let isa = Isa::detect();
-    let work = |(grad, verdict): (&mut GradMut<'_>, &&Verdict)| {
+    let work = |verdict: &Verdict, piece: GradMut<'_>| {
+        let _env = DefaultFpEnv::enter();
+        with_slice!(GradMut, piece, slice => scale::scale(isa, verdict, slice));
+    };
+    let whole = |(grad, verdict): (&mut GradMut<'_>, &&Verdict)| {
         if verdict.written() {
-            with_slice!(GradMut, grad, slice => pieces(slice).for_each(|piece| {
-                let _env = DefaultFpEnv::enter();
-                scale::scale(isa, verdict, piece);
-            }));
+            with_slice!(GradMut, grad, slice => work(verdict, (&mut **slice).into()));
         }
     };
-    grads.par_iter_mut().zip(verdicts).for_each(work);
+    let in_pieces = |(grad, verdict): (&mut GradMut<'_>, &&Verdict)| {
+        if verdict.written() {
+            with_slice!(GradMut, grad, slice => pieces(slice).for_each(|piece| work(verdict, piece.into())));
+        }
+    };
+    if bytes_of(grads) <= SERIAL_BYTES {
+        return grads.iter_mut().zip(verdicts).for_each(whole);
+    }
+    grads.par_iter_mut().zip(verdicts).for_each(in_pieces);
+}
+
+fn bytes_of(grads: &[GradMut<'_>]) -> usize {
+    grads.iter().map(|grad| with_slice!(GradMut, grad, slice => size_of_val(&slice[..]))).sum()
 }
 
 /// Applies the verdict to gradients that may hold NaN or Inf.
@@ -158,8 +171,7 @@ fn for_each_task(grads: &mut [GradMut<'_>], work: impl Fn(GradMut<'_>) -> Counts
         let _env = DefaultFpEnv::enter();
         work(task)
     };
-    let bytes: usize = grads.iter().map(|grad| with_slice!(GradMut, grad, slice => size_of_val(&slice[..]))).sum();
-    if bytes <= SERIAL_BYTES {
+    if bytes_of(grads) <= SERIAL_BYTES {
         let whole = |grad: &mut GradMut<'_>| with_slice!(GradMut, grad, slice => work((&mut **slice).into()));
         return grads.iter_mut().map(whole).collect();
     }

@@ -52,18 +52,24 @@ pub(crate) fn measure(grads: &[Grad<'_>], scope: &Scope<'_>, clip: &ClipNorm) ->
 /// Stage 3.
 pub(crate) fn apply(measured: &Measured, grads: Vec<GradMut<'_>>) {
     if measured.verdicts.iter().any(Verdict::written) {
-        let verdicts: Vec<&Verdict> = measured
-            .plan
-            .tensors
-            .iter()
-            .flat_map(|tensor| {
-                let first = tensor.first_group as usize;
-                let rows = tensor.num_tiles.checked_div(tensor.tiles_per_row).unwrap_or(0) as usize;
-                &measured.verdicts[first..first + rows]
-            })
-            .collect();
-        parallel::scale_each(&verdicts, &mut rows_in_order(&measured.plan, grads.into_iter()));
+        apply_to(measured, grads.into_iter().enumerate());
     }
+}
+
+/// Stage 3, of some of the tensors: each with its index in the list.
+pub(crate) fn apply_to<'a>(measured: &Measured, grads: impl Iterator<Item = (usize, GradMut<'a>)>) {
+    let (mut verdicts, mut rows) = (Vec::new(), Vec::new());
+    for (index, grad) in grads {
+        let of_rows = &measured.verdicts[measured.plan.groups_of[index].clone()];
+        let numel = with_slice!(GradMut, &grad, slice => slice.len());
+        let row_numel = numel.checked_div(of_rows.len()).unwrap_or(0);
+        if row_numel > 0 && of_rows.iter().any(Verdict::written) {
+            grad.cut(row_numel, &mut rows);
+            verdicts.extend(of_rows);
+            rows.truncate(verdicts.len()); // of a gradient that has another length than it had
+        }
+    }
+    parallel::scale_each(&verdicts, &mut rows);
 }
 
 /// The options with the group's own threshold, if it has one.

@@ -98,16 +98,15 @@ impl GrowBuffer {
         self.memory.as_ref().map_or(0, DeviceBuffer::address)
     }
 
-    /// Room for `bytes`; whether it had to grow for that, which it cannot while capturing. What was there is lost then.
+    /// Room for `bytes`. What was there is lost if it has to grow, which it cannot while capturing.
     pub(crate) fn reserve(
         &mut self,
         stream: &Arc<CudaStream>,
         what: &'static str,
         bytes: usize,
         capturing: bool,
-    ) -> Result<bool> {
-        let grow = self.memory.as_ref().map_or(0, DeviceBuffer::bytes) < bytes;
-        if grow {
+    ) -> Result<()> {
+        if self.memory.as_ref().map_or(0, DeviceBuffer::bytes) < bytes {
             if capturing {
                 return Err(Error::CaptureNeedsWarmup { what });
             }
@@ -118,12 +117,7 @@ impl GrowBuffer {
         if capturing {
             self.leave_to_graphs();
         }
-        Ok(grow)
-    }
-
-    /// Fills the memory with `byte`, in the order of the stream.
-    pub(crate) fn fill(&mut self, byte: u8) -> Result<()> {
-        self.memory.as_mut().map_or(Ok(()), |memory| memory.fill(byte))
+        Ok(())
     }
 
     pub(crate) fn leave_to_graphs(&mut self) {

@@ -5,7 +5,7 @@ use super::device_table::DeviceTable;
 use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread, KeepsContext};
 use super::kernels::ScopedKernels;
 use super::launch::{arg, in_place_blocks, launch};
-use super::memory::GrowBuffer;
+use super::memory::{DeviceBuffer, GrowBuffer};
 use crate::abi::{
     ClipParams, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs, ScopedTable, ScopedTensor, Stats, StatsSlot,
     FOLD_THREADS, TILE_THREADS, WARP_THREADS,
@@ -17,14 +17,14 @@ use crate::plan::Plan;
 use crate::report::{NormReport, Report};
 use crate::scope::{Scope, ScopedReport};
 use crate::scoped_plan::ScopedPlan;
-use bytemuck::Zeroable;
 use cudarc::driver::{result, CudaStream};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
 impl Clipper {
     /// The norm of each group of a [`Scope`]; see [`cpu::norms_by`](crate::cpu::norms_by).
     ///
-    /// Cost: reads each gradient once; two launches, no wait; thresholds of the scope do not matter. The first such call of a clipper loads its kernels; a new
+    /// Cost: reads each gradient once; two launches, no wait. The first such call of a clipper loads its kernels; a new
     /// list, or a new scope, copies two tables to the device.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.scoped_stages(&scope.without_thresholds(), &ClipNorm::measure_only(norm_type), false);
+        let pending = self.scoped_stages(&scope.only_measured(), &ClipNorm::measure_only(norm_type), false);
         let released = self.list.release(grads, &self.stream); // after an error too: a stage may be running
         pending.and_then(|pending| released.map(|()| pending))
     }
@@ -78,8 +78,8 @@ impl Clipper {
             None if capturing => return Err(Error::CaptureNeedsWarmup { what: "the kernels of scoped calls" }),
             none => none.insert(KeepsContext::new(ScopedCalls::new(&self.stream)?)),
         };
-        let plan = scoped.prepare(&self.stream, &self.plan, scope, capturing)?;
-        let pending = scoped.measure(&self.stream, plan, clip)?;
+        let results = scoped.prepare(&self.stream, &self.plan, scope, capturing)?;
+        let pending = scoped.measure(&self.stream, results, clip, capturing)?;
         if clip.nonfinite == NonFinite::Error {
             let report = pending.wait()?;
             if let Some(group) = report.groups.iter().find(|group| !group.is_finite()) {
@@ -87,7 +87,7 @@ impl Clipper {
             }
         }
         if apply {
-            scoped.scale(&self.stream, &pending.plan, self.multiprocessors)?;
+            scoped.scale(&self.stream, &pending, self.multiprocessors)?;
         }
         Ok(pending)
     }
@@ -102,23 +102,44 @@ pub(super) struct ScopedCalls {
     sums: GrowBuffer,
     scales: GrowBuffer,
     tile_stats: GrowBuffer,
-    results: Arc<KeepsContext<Results>>,
+    results: Option<SharedResults>,
+    /// Written by captured graphs only. Here to be counted.
+    retired: Vec<SharedResults>,
     plan: Arc<ScopedPlan>,
+    /// Whether the tables on the device are those of the plan.
+    has_tables: bool,
     calls: u64,
 }
 
-/// Where the results of the last call are. Reports that were not read yet refer to it.
+/// Where calls leave their results: the last one's are there. Reports that were not read yet keep the memory.
 #[derive(Debug)]
 struct Results {
+    memory: DeviceBuffer,
     stream: Arc<CudaStream>,
     home: HomeThread,
-    buffer: Mutex<GrowBuffer>,
+    captured: AtomicBool,
 }
 
+type SharedResults = Arc<KeepsContext<Results>>;
+
 impl Results {
-    /// The buffer is only looked at and replaced under the lock, so a panic elsewhere leaves it whole.
-    fn lock(&self) -> MutexGuard<'_, GrowBuffer> {
-        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The context of `stream` must be current.
+    fn new(stream: &Arc<CudaStream>, bytes: usize) -> Result<Self> {
+        let mut memory = DeviceBuffer::new(stream, "reports", bytes)?;
+        memory.fill(0)?; // no call has the number 0
+        Ok(Self { memory, stream: stream.clone(), home: HomeThread::of(stream), captured: AtomicBool::new(false) })
+    }
+
+    fn is_captured(&self) -> bool {
+        self.captured.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Results {
+    fn drop(&mut self) {
+        if self.is_captured() {
+            self.memory.leave_to_graphs();
+        }
     }
 }
 
@@ -132,12 +153,10 @@ impl ScopedCalls {
             sums: GrowBuffer::default(),
             scales: GrowBuffer::default(),
             tile_stats: GrowBuffer::default(),
-            results: Arc::new(KeepsContext::new(Results {
-                stream: stream.clone(),
-                home: HomeThread::of(stream),
-                buffer: Mutex::default(),
-            })),
+            results: None,
+            retired: Vec::new(),
             plan: Arc::default(),
+            has_tables: false,
             calls: 0,
         })
     }
@@ -146,27 +165,32 @@ impl ScopedCalls {
         self.tensors.device_bytes()
             + self.groups.device_bytes()
             + [&self.sums, &self.scales, &self.tile_stats].map(GrowBuffer::bytes).iter().sum::<usize>()
-            + self.results.lock().bytes()
+            + self.results.iter().chain(&self.retired).map(|results| results.memory.bytes()).sum::<usize>()
     }
 
     pub(super) fn pinned_bytes(&self) -> usize {
         self.tensors.pinned_bytes() + self.groups.pinned_bytes()
     }
 
+    /// Plan, tables and room for one call; where its results go.
     fn prepare(
         &mut self,
         stream: &Arc<CudaStream>,
         list: &Plan,
         scope: &Scope<'_>,
         capturing: bool,
-    ) -> Result<Arc<ScopedPlan>> {
+    ) -> Result<SharedResults> {
         if !self.plan.is_for(list, scope) {
             self.plan = Arc::new(ScopedPlan::new(list, scope)?);
+            self.has_tables = false;
         }
         let plan = self.plan.clone();
+        if !self.has_tables || capturing {
+            self.tensors.set(&plan.tensors, capturing)?;
+            self.groups.set(&plan.groups, capturing)?;
+            self.has_tables = true;
+        }
         let tiles = plan.num_tiles as usize;
-        self.tensors.set(&plan.tensors, capturing)?;
-        self.groups.set(&plan.groups, capturing)?;
         self.sums.reserve(stream, "partials", tiles * size_of::<f64>(), capturing)?;
         if plan.has_f64() {
             self.scales.reserve(stream, "scales", tiles * size_of::<i32>(), capturing)?;
@@ -174,22 +198,42 @@ impl ScopedCalls {
         if plan.telemetry {
             self.tile_stats.reserve(stream, "telemetry", tiles * size_of::<Stats>(), capturing)?;
         }
-        let mut results = self.results.lock();
-        if results.reserve(stream, "reports", Layout::of(&plan).bytes(), capturing)? {
-            results.fill(0)?; // no call has the number 0
-        }
-        drop(results);
+        let results = self.room_for_results(stream, Layout::of(&plan).bytes(), capturing)?;
         if capturing {
             self.kernels.leave_to_graphs();
         }
-        Ok(plan)
+        Ok(results)
+    }
+
+    fn room_for_results(&mut self, stream: &Arc<CudaStream>, bytes: usize, capturing: bool) -> Result<SharedResults> {
+        let results = match &self.results {
+            Some(results) if results.memory.bytes() >= bytes => results.clone(),
+            _ if capturing => return Err(Error::CaptureNeedsWarmup { what: "reports" }),
+            _ => {
+                let grown = Arc::new(KeepsContext::new(Results::new(stream, bytes)?));
+                let old = self.results.replace(grown.clone());
+                self.retired.extend(old.filter(|old| old.is_captured()));
+                grown
+            }
+        };
+        if capturing {
+            results.captured.store(true, Ordering::Relaxed);
+        }
+        Ok(results)
     }
 
     /// Stages 1 and 2.
-    fn measure(&mut self, stream: &Arc<CudaStream>, plan: Arc<ScopedPlan>, clip: &ClipNorm) -> Result<PendingScoped> {
+    fn measure(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        results: SharedResults,
+        clip: &ClipNorm,
+        captured: bool,
+    ) -> Result<PendingScoped> {
+        let plan = self.plan.clone();
         let table = self.table(&plan);
         let layout = Layout::of(&plan);
-        let base = self.results.lock().address();
+        let base = results.memory.address();
         let (sums, tile_stats) = (self.sums.address(), self.tile_stats.address());
         let scales = if plan.has_f64() { self.scales.address() } else { 0 };
         let mut args = [arg(&table), arg(&plan.num_tiles), arg(&sums), arg(&scales), arg(&tile_stats)];
@@ -220,13 +264,14 @@ impl ScopedCalls {
         // SAFETY: the arguments mirror scoped_coefs in kernels/scoped.cu; the partials are written by the launch before, and
         // the results have room for each group and tensor.
         unsafe { launch(stream, "scoped_coefs", self.kernels.coefs, (blocks, FOLD_THREADS), &mut args) }?;
-        Ok(PendingScoped { results: self.results.clone(), base, plan, call: self.calls })
+        Ok(PendingScoped { results, plan, call: self.calls, captured })
     }
 
     /// Stage 3.
-    fn scale(&self, stream: &CudaStream, plan: &ScopedPlan, multiprocessors: u32) -> Result<()> {
+    fn scale(&self, stream: &CudaStream, measured: &PendingScoped, multiprocessors: u32) -> Result<()> {
+        let plan = &measured.plan;
         let table = self.table(plan);
-        let reports = self.results.lock().address() + Layout::of(plan).reports() as u64;
+        let reports = measured.results.memory.address() + Layout::of(plan).reports() as u64;
         let mut args = [arg(&table), arg(&plan.num_tiles), arg(&reports)];
         let blocks = in_place_blocks(plan.num_tiles, multiprocessors);
         // SAFETY: the arguments mirror scoped_scale in kernels/scoped.cu; the tensors are borrowed mutably by the caller, and
@@ -263,25 +308,27 @@ impl Layout {
 
 /// The result of a scoped call that may still be running. Dropping it costs nothing; the work goes on.
 ///
-/// Only the last scoped call of a clipper can be read. A captured one can be after any replay that was the last.
+/// Only the last scoped call of a clipper can be read, from any thread (but see [`Error::WrongThread`]), also when the
+/// clipper is gone. A captured one can be read whenever one of its replays was the last.
 #[derive(Clone, Debug)]
 pub struct PendingScoped {
-    results: Arc<KeepsContext<Results>>,
-    /// Address of `results` when the call was made.
-    base: u64,
+    results: SharedResults,
     plan: Arc<ScopedPlan>,
     call: u64,
+    captured: bool,
 }
 
 impl PendingScoped {
     /// Waits for the stream, and reads the reports of all groups.
     ///
-    /// Cost: one copy of 72 bytes for each group and 40 for each tensor, one synchronisation of the stream.
+    /// Cost: one copy, of 64 bytes and 72 more for each group, with telemetry 40 for each tensor; one synchronisation of
+    /// the stream.
     ///
     /// # Errors
-    /// [`Error::ReportExpired`] after a later scoped call, and for a captured call that has not run;
-    /// [`Error::CaptureNeedsWarmup`] while the stream captures, which goes on; [`Error::WrongThread`] for the per-thread
-    /// default stream of another thread; [`Error::Driver`] if the work on the stream failed.
+    /// [`Error::ReportExpired`] after a later scoped call; [`Error::ReportNotReady`] for a captured call that no replay has
+    /// run; [`Error::CaptureNeedsWarmup`] while the stream captures, which goes on; [`Error::WrongThread`] for the
+    /// per-thread default stream of another thread; [`Error::OutOfMemory`]; [`Error::Driver`] if the work on the stream
+    /// failed.
     pub fn wait(&self) -> Result<ScopedReport> {
         let stream = &self.results.stream;
         self.results.home.check()?;
@@ -290,42 +337,34 @@ impl PendingScoped {
             return Err(Error::CaptureNeedsWarmup { what: "the wait for a report" });
         }
         let layout = Layout::of(&self.plan);
-        let mut header = [ScopedHeader::zeroed()];
-        let mut groups = zeroes::<ReportSlot>(layout.groups)?;
-        let mut tensors = zeroes::<StatsSlot>(layout.tensors)?;
-        let results = self.results.lock(); // no call replaces the buffer while it is read
-        if results.address() != self.base {
-            return Err(Error::ReportExpired);
-        }
-        let parts: [(&mut [u8], usize); 3] = [
-            (bytemuck::cast_slice_mut(&mut groups), layout.reports()),
-            (bytemuck::cast_slice_mut(&mut tensors), layout.tensors()),
-            (bytemuck::cast_slice_mut(&mut header), 0), // last: it says whose the rest is
-        ];
-        let mut copied = Ok(());
-        for (target, offset) in parts.into_iter().filter(|(target, _)| !target.is_empty()) {
-            // SAFETY: the part lies inside the buffer, which the lock keeps; the target lives until the synchronisation
-            // below, which happens even if a copy was refused.
-            let copy = unsafe { result::memcpy_dtoh_async(target, self.base + offset as u64, stream.cu_stream()) };
-            copied = copied.and(copy);
-        }
-        // SAFETY: the stream is alive, held here.
+        let mut words = zeroes(layout.bytes() / size_of::<u64>())?;
+        let target: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        // All in one copy: a call that another thread makes meanwhile comes before it or after it.
+        // SAFETY: the memory is as large as this call's results, and kept by this value; the target lives until the
+        // synchronisation below, which happens even if the copy was refused.
+        let copied = unsafe { result::memcpy_dtoh_async(target, self.results.memory.address(), stream.cu_stream()) };
+        // SAFETY: the stream is alive, held by the results.
         let waited = unsafe { result::stream::synchronize(stream.cu_stream()) };
         copied.map_err(driver_error("copying the reports"))?;
         waited.map_err(driver_error("waiting for the reports"))?;
-        if header[0].call != self.call {
-            return Err(Error::ReportExpired);
+        let (header, rest) = words.split_at(layout.reports() / size_of::<u64>());
+        let (groups, tensors) = rest.split_at(layout.groups * size_of::<ReportSlot>() / size_of::<u64>());
+        let last_call = bytemuck::cast_slice::<u64, ScopedHeader>(header)[0].call;
+        if last_call != self.call {
+            let to_come = self.captured && last_call < self.call;
+            return Err(if to_come { Error::ReportNotReady } else { Error::ReportExpired });
         }
-        let groups = groups.iter().map(|slot| NormReport::from_slot(slot, &|tile| self.plan.tensor_of(tile)));
-        let tensors = tensors.into_iter().map(Into::into);
+        let tensor_of = |tile| self.plan.tensor_of(tile);
+        let groups = bytemuck::cast_slice(groups).iter().map(|slot| NormReport::from_slot(slot, &tensor_of));
+        let tensors = bytemuck::cast_slice::<u64, StatsSlot>(tensors).iter().map(|&slot| slot.into());
         Ok(ScopedReport::new(groups.collect(), tensors.collect(), self.plan.groups_of.clone()))
     }
 }
 
-fn zeroes<T: Zeroable + Clone>(count: usize) -> Result<Vec<T>> {
+fn zeroes(count: usize) -> Result<Vec<u64>> {
     let mut zeroes = Vec::new();
-    let bytes = count.saturating_mul(size_of::<T>());
+    let bytes = count.saturating_mul(size_of::<u64>());
     zeroes.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { what: "reports", bytes })?;
-    zeroes.resize(count, T::zeroed());
+    zeroes.resize(count, 0);
     Ok(zeroes)
 }

@@ -4,8 +4,8 @@
 use crate::backend::with_device;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use gradclip::candle::{clip_grad_norm, clip_grad_value, total_norm};
-use gradclip::{ClipNorm, Error, NonFinite, NormType};
+use gradclip::candle::{clip_grad_norm, clip_grad_norm_by, clip_grad_value, norms_by, total_norm};
+use gradclip::{ClipNorm, Error, NonFinite, NormType, Scope};
 
 pub fn var() -> Var {
     Var::new(&[0.0f32], &Device::Cpu).unwrap()
@@ -124,5 +124,54 @@ fn reports_name_the_variable() {
         let error = clip_grad_norm(&vars, &mut grads, error).unwrap_err();
         assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
         assert_eq!(values(&grads, &vars[0]), [3.0]);
+    });
+}
+
+/// Each tensor, groups, rows: variables without gradient, shared ones, an empty one; the same report and bits as of CPU
+/// tensors.
+#[test]
+fn scopes_on_cuda_tensors() {
+    with_device(|device| {
+        let vars = [var(), var(), var(), var(), var()];
+        let parts: [&[f32]; 4] = [&[3.0, 4.0, 0.3, 0.4], &[f32::NAN, 0.0], &[], &[30.0, -7.0, 0.0, 1.0, 2.0, 9.0]];
+        let with = [vars[0].clone(), vars[2].clone(), vars[3].clone(), vars[4].clone()];
+        let make = |device: &Device| {
+            let grads: Vec<Tensor> = parts.iter().map(|part| tensor(part, DType::F32, device)).collect();
+            let shaped = [
+                grads[0].reshape((2, 2)).unwrap(),
+                grads[1].clone(),
+                grads[2].clone(),
+                grads[3].reshape((3, 2)).unwrap(),
+            ];
+            store(&with, &shaped)
+        };
+        let max_norms = [Some(1.0), None, Some(0.5)];
+        let scopes = [
+            Scope::per_tensor().telemetry(),
+            Scope::groups(&[0, 1, 0, 2, 2]).max_norms(&max_norms),
+            Scope::rows(&[4, 9, 1, 0, 2]),
+            Scope::leading_dimension().telemetry(),
+            Scope::global(),
+        ];
+        for scope in scopes {
+            let (mut on_cpu, mut on_cuda) = (make(&Device::Cpu), make(device));
+            let expected = norms_by(&vars, &on_cpu, &scope, NormType::L1).unwrap().wait().unwrap();
+            let measured = norms_by(&vars, &on_cuda, &scope, NormType::L1).unwrap().wait().unwrap();
+            assert_eq!(format!("{measured:?}"), format!("{expected:?}"), "{scope:?}");
+            let expected = clip_grad_norm_by(&vars, &mut on_cpu, &scope, 0.7).unwrap();
+            let clipped = clip_grad_norm_by(&vars, &mut on_cuda, &scope, 0.7).unwrap();
+            assert!(clipped.pending().is_some() && expected.pending().is_none());
+            assert_eq!(format!("{:?}", clipped.wait()), format!("{:?}", expected.wait()), "{scope:?}");
+            for var in &with {
+                assert_eq!(format!("{:?}", values(&on_cuda, var)), format!("{:?}", values(&on_cpu, var)), "{scope:?}");
+            }
+        }
+        let mut grads = make(device);
+        let wrong = Error::UnevenRows { tensor: 4, numel: 6, rows: 4 };
+        assert_eq!(clip_grad_norm_by(&vars, &mut grads, &Scope::rows(&[1, 1, 1, 0, 4]), 1.0).unwrap_err(), wrong);
+        let clip = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+        let error = clip_grad_norm_by(&vars, &mut grads, &Scope::per_tensor(), clip).unwrap_err();
+        assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
+        assert_eq!(values(&grads, &vars[4])[0], 30.0);
     });
 }

@@ -2,6 +2,7 @@
 //   runner CASES      runs the cases of that file and writes the outcomes to stdout (tests/support/runner.rs)
 //   runner --toy NAME runs one toy kernel, right or wrong, to show that a mistake is noticed
 // Every buffer is a heap block of exactly its size.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -120,7 +121,8 @@ std::unique_ptr<T[]> filled(size_t count) {
 // As tests/support/runner.rs writes it.
 struct CaseHeader {
   u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts. 2: clip_coef_of_norm, scale_any.
-                  // 3: as 0, with scale_into
+                  // 3: scoped_partials, scoped_coefs, scoped_scale, each row by itself. 4: the same with scoped_stats.
+                  // 5, 6: the same with one group for all. 7: as 0, with scale_into
   u32 table_in_memory;
   u32 with_scales;
   u32 blocks;
@@ -131,6 +133,8 @@ struct CaseHeader {
   double total_norm;
 };
 
+constexpr u32 kInto = 7;
+
 class Case {
  public:
   explicit Case(Reader& in) : header_(in.get<CaseHeader>()) {
@@ -139,12 +143,13 @@ class Case {
     for (u32 i = 0; i < header_.num_tensors; ++i) {
       const u32 dtype = in.get<u32>();
       const u32 misalign = in.get<u32>();
+      const u64 rows = in.get<u64>();
       const u64 numel = in.get<u64>();
       if (dtype > kBF16) fail("no such dtype");
       tensors_.emplace_back(new TensorMemory(misalign, numel * kElementBytes[dtype]));
       TensorMemory& tensor = *tensors_.back();
       in.bytes(tensor.data(), tensor.bytes());
-      if (header_.operation == 3) {
+      if (header_.operation == kInto) {
         const u32 output_dtype = in.get<u32>();
         const u32 output_misalign = in.get<u32>();
         if (output_dtype > kBF16) fail("no such dtype");
@@ -153,18 +158,32 @@ class Case {
         output_descs_.push_back({outputs_.back()->address(), output_dtype, ~0u});
       }
       descs_[i] = {tensor.address(), numel, num_tiles_, dtype};
-      num_tiles_ += static_cast<u32>((tensor.bytes() + kTileBytes - 1) / kTileBytes);
+      if (!scoped()) {
+        num_tiles_ += static_cast<u32>((tensor.bytes() + kTileBytes - 1) / kTileBytes);
+      } else {
+        add_rows(i, descs_[i], rows);
+      }
     }
+    if (one_group()) groups_.push_back({same_threshold(), 0, 0, num_tiles_});
     sums_ = filled<double>(num_tiles_);
     scales_ = filled<int>(num_tiles_);
     counts_ = filled<u64>(num_tiles_);
     report_ = filled<ReportSlot>(1);
+    scoped_ = filled<ScopedTensor>(scoped_tensors_.size());
+    std::copy(scoped_tensors_.begin(), scoped_tensors_.end(), scoped_.get());
+    group_table_ = filled<ScopedGroup>(groups_.size());
+    std::copy(groups_.begin(), groups_.end(), group_table_.get());
+    num_stats_ = with_stats() ? header_.num_tensors : 0;
+    reports_ = filled<ReportSlot>(groups_.size());
+    tile_stats_ = filled<Stats>(with_stats() ? num_tiles_ : 0);
+    tensor_stats_ = filled<StatsSlot>(num_stats_);
+    scoped_header_ = filled<ScopedHeader>(1);
   }
 
   void run() {
     const Order order = {header_.reversed != 0, header_.reversed != 0};
     const u32 blocks = header_.blocks;
-    if (header_.operation == 0 || header_.operation == 3) {
+    if (header_.operation == 0 || header_.operation == kInto) {
       static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf"};
       if (header_.clip.norm_type > kInf) fail("no such norm");
       int* scales = header_.with_scales ? scales_.get() : nullptr;
@@ -185,6 +204,8 @@ class Case {
       Arguments("clip_coef_of_norm")
           .add(header_.total_norm).add(nowhere).add(header_.clip).add(report_.get()).run(1, order);
       Arguments("scale_any").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+    } else if (scoped()) {
+      run_scoped(blocks, order);
     } else {
       Arguments("clamp").add(table()).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
       Arguments("clamp_counts").add(counts_.get()).add(num_tiles_).add(report_.get()).run(1, order);
@@ -199,9 +220,64 @@ class Case {
     write_bytes(report_.get(), sizeof(ReportSlot));
     for (const auto& tensor : tensors_) write_bytes(tensor->data(), tensor->bytes());
     for (const auto& output : outputs_) write_bytes(output->data(), output->bytes());
+    if (!scoped()) return;
+    const u32 counts[] = {static_cast<u32>(groups_.size()), num_stats_};
+    write_bytes(counts, sizeof counts);
+    write_bytes(reports_.get(), groups_.size() * sizeof(ReportSlot));
+    write_bytes(tensor_stats_.get(), num_stats_ * sizeof(StatsSlot));
   }
 
  private:
+  bool scoped() const { return header_.operation >= 3 && header_.operation != kInto; }
+  bool with_stats() const { return header_.operation == 4 || header_.operation == 6; }
+  bool one_group() const { return header_.operation >= 5; }
+
+  static double same_threshold() {
+    double threshold;
+    std::memcpy(&threshold, &kSameThreshold, sizeof threshold);
+    return threshold;
+  }
+
+  // As src/scoped_plan.rs cuts a list.
+  void add_rows(u32 index, const TensorDesc& desc, u64 rows) {
+    if (one_group()) rows = 1;
+    const u64 row_numel = rows ? desc.numel / rows : 0;
+    const u64 row_bytes = row_numel * kElementBytes[desc.dtype];
+    const u32 tiles = static_cast<u32>((row_bytes + kTileBytes - 1) / kTileBytes);
+    const u32 first_group = one_group() ? 0 : static_cast<u32>(groups_.size());
+    scoped_tensors_.push_back({desc.address, row_numel, num_tiles_, static_cast<u32>(rows) * tiles, tiles, first_group,
+                               desc.dtype, index});
+    for (u64 row = 0; row < rows; ++row, num_tiles_ += tiles) {
+      if (!one_group()) groups_.push_back({same_threshold(), row_numel, num_tiles_, tiles});
+    }
+  }
+
+  void run_scoped(u32 blocks, Order order) {
+    static const char* const kPartials[] = {"scoped_partials_l1", "scoped_partials_l2", "scoped_partials_inf"};
+    static const char* const kStats[] = {"scoped_stats_l1", "scoped_stats_l2", "scoped_stats_inf"};
+    if (header_.clip.norm_type > kInf) fail("no such norm");
+    const ScopedTable table = {scoped_.get(), header_.num_tensors};
+    int* const scales = header_.with_scales ? scales_.get() : nullptr;
+    if (num_tiles_ > 0) {
+      Arguments partials((with_stats() ? kStats : kPartials)[header_.clip.norm_type]);
+      partials.add(table).add(num_tiles_).add(sums_.get()).add(scales);
+      if (with_stats()) partials.add(tile_stats_.get());
+      partials.run(blocks, order);
+    }
+    const u32 num_groups = static_cast<u32>(groups_.size());
+    const ScopedJobs jobs = {group_table_.get(), num_groups,        num_stats_,     sums_.get(),
+                             scales,             tile_stats_.get(), reports_.get(), tensor_stats_.get()};
+    const u64 call = 7;
+    Arguments("scoped_coefs")
+        .add(table).add(jobs).add(header_.clip).add(call).add(scoped_header_.get())
+        .run((num_groups + num_stats_) / kWarpThreads + 1, order);
+    if (scoped_header_[0].call != call) fail("the header does not name the call");
+    if (num_tiles_ > 0) {
+      Arguments("scoped_scale")
+          .add(table).add(num_tiles_).add(static_cast<const ReportSlot*>(reports_.get())).run(blocks, order);
+    }
+  }
+
   // What the table does not use is 0xFF.
   TensorTable table() const {
     TensorTable table;
@@ -226,6 +302,16 @@ class Case {
   std::unique_ptr<int[]> scales_;
   std::unique_ptr<u64[]> counts_;
   std::unique_ptr<ReportSlot[]> report_;
+  // Of the operations with more than one norm. The kernels read copies of exactly their size.
+  std::vector<ScopedTensor> scoped_tensors_;
+  std::vector<ScopedGroup> groups_;
+  u32 num_stats_ = 0;
+  std::unique_ptr<ScopedTensor[]> scoped_;
+  std::unique_ptr<ScopedGroup[]> group_table_;
+  std::unique_ptr<ReportSlot[]> reports_;
+  std::unique_ptr<Stats[]> tile_stats_;
+  std::unique_ptr<StatsSlot[]> tensor_stats_;
+  std::unique_ptr<ScopedHeader[]> scoped_header_;
 };
 
 int run_cases(const char* path) {

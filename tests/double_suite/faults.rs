@@ -5,7 +5,7 @@ use crate::suite::device::OnDevice;
 use crate::support::double::{self, Double};
 use cudarc::driver::{CudaContext, CudaStream};
 use gradclip::cuda::{self, Clipper, RawGrad};
-use gradclip::{Dtype, Error, NormType};
+use gradclip::{Dtype, Error, NormType, Scope};
 use std::sync::Arc;
 
 const OUT_OF_MEMORY: i32 = 2;
@@ -27,6 +27,8 @@ enum Verb {
     Norm,
     Value,
     Measure,
+    ByTensor,
+    MeasureByTensor,
 }
 
 fn call(clipper: &mut Clipper, list: &[Tensor], device: &mut OnDevice, verb: Verb) -> gradclip::Result<f64> {
@@ -34,6 +36,14 @@ fn call(clipper: &mut Clipper, list: &[Tensor], device: &mut OnDevice, verb: Ver
         Verb::Norm => clipper.clip_grad_norm(grads, 1.0)?.wait().map(|report| report.total_norm),
         Verb::Value => clipper.clip_grad_value(grads, 0.5)?.wait().map(|report| report.clipped as f64),
         Verb::Measure => clipper.total_norm(grads, NormType::L2)?.wait().map(|report| report.total_norm),
+        Verb::ByTensor => {
+            let report = clipper.clip_grad_norm_by(grads, &Scope::per_tensor().telemetry(), 1.0)?.wait()?;
+            Ok(report.groups[LAST.min(report.groups.len() - 1)].total_norm)
+        }
+        Verb::MeasureByTensor => {
+            let report = clipper.norms_by(grads, &Scope::per_tensor(), NormType::L2)?.wait()?;
+            Ok(report.groups[LAST.min(report.groups.len() - 1)].total_norm)
+        }
     })
 }
 
@@ -66,7 +76,7 @@ fn settle(double: &Double, context: &CudaContext) {
 #[test]
 fn every_driver_call_fails_once() {
     let Some(double) = double::lock() else { return };
-    for verb in [Verb::Norm, Verb::Value, Verb::Measure] {
+    for verb in [Verb::Norm, Verb::Value, Verb::Measure, Verb::ByTensor, Verb::MeasureByTensor] {
         every_call_fails_once(&double, verb, &list(), stream);
         every_call_fails_once(&double, verb, &list()[LAST - 2..], tracked_stream);
     }
@@ -127,9 +137,11 @@ fn a_refused_launch_of_the_last_stage_leaves_the_gradients_alone() {
     let (context, stream) = stream();
     let mut device = OnDevice::upload(&stream, &list);
     let mut clipper = Clipper::new(&stream).unwrap();
-    for launch in 0..3 {
+    for (verb, launch) in
+        [Verb::Norm, Verb::ByTensor].into_iter().flat_map(|verb| [0, 1, 2].map(|launch| (verb, launch)))
+    {
         double.fail_named("cuLaunchKernel", launch, OUT_OF_MEMORY);
-        let error = call(&mut clipper, &list, &mut device, Verb::Norm).unwrap_err();
+        let error = call(&mut clipper, &list, &mut device, verb).unwrap_err();
         assert!(matches!(error, Error::Driver { .. }), "{error}");
         settle(&double, &context);
         let mut after = list.clone();
@@ -137,6 +149,35 @@ fn a_refused_launch_of_the_last_stage_leaves_the_gradients_alone() {
         assert_eq!(bits(&after), bits(&list));
     }
     call(&mut clipper, &list, &mut device, Verb::Norm).unwrap();
+    call(&mut clipper, &list, &mut device, Verb::ByTensor).unwrap();
+}
+
+/// The report of the call before stays readable as long as nothing has overwritten it.
+#[test]
+fn a_scoped_call_that_fails_before_its_second_launch_leaves_the_last_report() {
+    let Some(double) = double::lock() else { return };
+    let (_context, stream) = stream();
+    let mut grads = [stream.clone_htod(&[3.0f32, 4.0]).unwrap()];
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let first = clipper.norms_by(&grads, &Scope::per_tensor(), NormType::L2).unwrap();
+    for launch in 0..2 {
+        double.fail_named("cuLaunchKernel", launch, OUT_OF_MEMORY);
+        clipper.clip_grad_norm_by(&mut grads, &Scope::per_tensor(), 1.0).unwrap_err();
+        assert_eq!(first.wait().unwrap().groups[0].total_norm, 5.0);
+    }
+    double.fail_named("cuLaunchKernel", 2, OUT_OF_MEMORY);
+    clipper.clip_grad_norm_by(&mut grads, &Scope::per_tensor(), 1.0).unwrap_err();
+    assert_eq!(first.wait().unwrap_err(), Error::ReportExpired);
+    assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [3.0, 4.0]);
+    // Memory for reports that cannot be cleared is not kept: what lies in it might pass for a report.
+    let mut many: Vec<_> = (0..9).map(|_| stream.clone_htod(&[3.0f32, 4.0]).unwrap()).collect();
+    double.fail_named("cuMemsetD8Async", 0, OUT_OF_MEMORY);
+    let live = double.live_allocations();
+    clipper.clip_grad_norm_by(&mut many, &Scope::per_tensor(), 1.0).unwrap_err();
+    assert!(double.live_allocations() <= live + 4, "two tables with their staging");
+    double.reset_counters();
+    clipper.clip_grad_norm_by(&mut many, &Scope::per_tensor(), 1.0).unwrap();
+    assert_eq!(double.counters().memset_calls, 1);
 }
 
 #[test]

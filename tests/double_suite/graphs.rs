@@ -6,7 +6,7 @@ use crate::support::double;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use gradclip::cuda::{self, Clipper};
-use gradclip::{ClipNorm, Dtype, Error, NonFinite, NormType};
+use gradclip::{ClipNorm, Dtype, Error, NonFinite, NormType, Scope};
 use std::sync::Arc;
 
 const MODE: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -318,4 +318,152 @@ fn replaying_after_the_clipper_is_gone() {
         stream.synchronize().unwrap();
         assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
     }
+}
+
+/// The same with a norm for each tensor, group and row: other gradients at each replay, and the report of that replay.
+#[test]
+fn captured_scoped_calls_clip_again_at_each_replay() {
+    let Some(double) = double::lock() else { return };
+    for count in [2, 300] {
+        let stream = stream();
+        let mut clipper = Clipper::new(&stream).unwrap();
+        let mut list = grads(&stream, count);
+        let group_of: Vec<usize> = (0..count).map(|i| i % 2).collect();
+        let rows = vec![2; count];
+        let scopes = [Scope::per_tensor().telemetry(), Scope::groups(&group_of), Scope::rows(&rows).telemetry()];
+        for scope in scopes {
+            let _ = clipper.clip_grad_norm_by(&mut list, &scope, f64::INFINITY).unwrap();
+            stream.begin_capture(MODE).unwrap();
+            let captured = clipper.clip_grad_norm_by(&mut list, &scope, 0.5).unwrap();
+            let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+            for values in [[3.0f32, 4.0], [0.0, 12.0], [f32::NAN, 1.0], [0.1, 0.1]] {
+                for grad in &mut list {
+                    stream.memcpy_htod(&values, grad).unwrap();
+                }
+                let mut on_host = vec![values; count];
+                let expected = gradclip::cpu::clip_grad_norm_by(&mut on_host, &scope, 0.5).unwrap();
+                graph.launch().unwrap();
+                let report = captured.wait().unwrap();
+                assert_eq!(format!("{report:?}"), format!("{expected:?}"));
+                for (grad, expected) in list.iter().zip(&on_host) {
+                    let got = stream.clone_dtoh(grad).unwrap();
+                    assert_eq!(got.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), expected.map(f32::to_bits));
+                }
+            }
+        }
+    }
+    assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
+}
+
+/// Before any replay, after eager calls, and after one that needed more room for its reports.
+#[test]
+fn a_captured_scoped_report_is_that_of_its_last_replay() {
+    let Some(double) = double::lock() else { return };
+    {
+        let stream = stream();
+        let mut clipper = Clipper::new(&stream).unwrap();
+        let (mut list, mut longer) = (grads(&stream, 2), grads(&stream, 400));
+        let scope = Scope::per_tensor();
+        let before = clipper.clip_grad_norm_by(&mut list, &scope, f64::INFINITY).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        let captured = clipper.clip_grad_norm_by(&mut list, &scope, 2.5).unwrap();
+        assert_eq!(captured.wait().unwrap_err(), Error::CaptureNeedsWarmup { what: "the wait for a report" });
+        let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+        assert_eq!(captured.wait().unwrap_err(), Error::ReportNotReady);
+        assert_eq!(before.wait().unwrap().groups[1].total_norm, 5.0, "nothing has run since");
+        graph.launch().unwrap();
+        assert_eq!(captured.wait().unwrap().groups[1].total_norm, 5.0);
+        assert_eq!(before.wait().unwrap_err(), Error::ReportExpired);
+        let eager = clipper.norms_by(&list, &scope, NormType::L1).unwrap();
+        assert_eq!(captured.wait().unwrap_err(), Error::ReportExpired);
+        assert!((eager.wait().unwrap().groups[1].total_norm - 3.5).abs() < 1e-6);
+        graph.launch().unwrap();
+        assert_eq!(eager.wait().unwrap_err(), Error::ReportExpired);
+        assert_eq!(captured.wait().unwrap().groups[1].total_norm, 2.5);
+        let eager = clipper.norms_by(&longer, &scope, NormType::L1).unwrap();
+        stream.memcpy_htod(&[6.0f32, 8.0], &mut list[1]).unwrap();
+        graph.launch().unwrap();
+        assert_eq!(captured.wait().unwrap().groups[1].total_norm, 10.0);
+        assert_eq!(eager.wait().unwrap().groups[399].total_norm, 7.0);
+        for _ in 0..3 {
+            let _ = clipper.clip_grad_norm_by(&mut longer, &scope.telemetry(), 1.0).unwrap();
+            drop(grads(&stream, 500));
+            graph.launch().unwrap();
+        }
+        assert_eq!(stream.clone_dtoh(&list[1]).unwrap(), [1.5, 2.0]);
+    }
+    assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
+}
+
+/// Each of the things that a scoped call prepares, missing: a typed error, and what was captured before goes on.
+#[test]
+fn scoped_calls_that_were_not_made_before_are_refused_and_the_capture_goes_on() {
+    let Some(_double) = double::lock() else { return };
+    let stream = stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let mut list = grads(&stream, 3);
+    let mut wide = [stream.clone_htod(&[1.0f64, 0.0]).unwrap()];
+    clipper.clip_grad_norm(&mut list, f64::INFINITY).unwrap();
+    let refused = |clipper: &mut Clipper, list: &mut [CudaSlice<f32>], scope: Scope<'_>, missing: &str| {
+        let error = clipper.clip_grad_norm_by(list, &scope, 1.0).unwrap_err();
+        assert!(matches!(error, Error::CaptureNeedsWarmup { what } if what == missing), "{error}");
+    };
+    stream.begin_capture(MODE).unwrap();
+    let captured = clipper.clip_grad_norm(&mut list, 3f64.sqrt()).unwrap();
+    refused(&mut clipper, &mut list, Scope::per_tensor(), "the kernels of scoped calls");
+    stream.end_capture(FLAGS).unwrap().unwrap().launch().unwrap();
+    assert!((captured.wait().unwrap().total_norm - 75f64.sqrt()).abs() < 1e-6);
+
+    let first = clipper.clip_grad_norm_by(&mut list, &Scope::per_tensor(), f64::INFINITY).unwrap();
+    let thresholds = [Some(1.0), None, None];
+    stream.begin_capture(MODE).unwrap();
+    let captured = clipper.clip_grad_norm_by(&mut list, &Scope::per_tensor(), 0.5).unwrap();
+    refused(&mut clipper, &mut list, Scope::per_tensor().telemetry(), "telemetry");
+    refused(&mut clipper, &mut list, Scope::rows(&[2, 1, 1]), "the table of tensors");
+    refused(&mut clipper, &mut list, Scope::per_tensor().max_norms(&thresholds), "the table of groups");
+    let error = clipper.norms_by(&wide, &Scope::global(), NormType::L2).unwrap_err();
+    assert!(matches!(error, Error::CaptureNeedsWarmup { .. }), "{error}");
+    let waits = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+    let error = clipper.clip_grad_norm_by(&mut list, &Scope::per_tensor(), waits).unwrap_err();
+    assert_eq!(error, Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
+    let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+    assert!((first.wait().unwrap().groups[2].total_norm - 1.0).abs() < 1e-6);
+    graph.launch().unwrap();
+    assert_eq!(captured.wait().unwrap().num_written(), 3);
+    let got = stream.clone_dtoh(&list[2]).unwrap();
+    assert!((got[0] - 0.3).abs() < 1e-6 && (got[1] - 0.4).abs() < 1e-6, "{got:?}");
+    let _ = clipper.clip_grad_norm_by(&mut wide, &Scope::global(), 0.5).unwrap();
+    assert_eq!(stream.clone_dtoh(&wide[0]).unwrap(), [0.5, 0.0]);
+}
+
+#[test]
+fn replaying_a_scoped_call_after_the_clipper_is_gone() {
+    let Some(double) = double::lock() else { return };
+    let stream = stream();
+    let mut list = grads(&stream, 200);
+    let before = double.live_bytes();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let scope = Scope::per_tensor().telemetry();
+    let _ = clipper.clip_grad_norm_by(&mut list, &scope, f64::INFINITY).unwrap();
+    stream.begin_capture(MODE).unwrap();
+    let captured = clipper.clip_grad_norm_by(&mut list, &scope, 2.5).unwrap();
+    let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+    let longer = grads(&stream, 300); // its reports need more room: the graph's are still counted
+    let _ = clipper.norms_by(&longer, &scope, NormType::L2).unwrap();
+    drop(longer);
+    let had = clipper.device_bytes() as u64;
+    assert_eq!(double.live_bytes() - before, had + clipper.pinned_bytes() as u64);
+    drop(clipper);
+    let left = double.live_bytes() - before;
+    assert!(left > 0 && left <= had, "{left} of {had}");
+    for expected in [5.0, 2.5] {
+        graph.launch().unwrap();
+        let report = captured.wait().unwrap();
+        assert_eq!((report.groups[199].total_norm, report.tensors[199].norm), (expected, expected));
+    }
+    drop(captured);
+    graph.launch().unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(double.live_bytes() - before, left, "the memory of the reports, too");
+    assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
 }

@@ -3,7 +3,7 @@
 use crate::support::double;
 use cudarc::driver::{CudaSlice, CudaStream};
 use gradclip::cuda::{self, Clipper, Pending};
-use gradclip::{ClipNorm, ClipValue, Error, NormReport, NormType, REPORTS_KEPT};
+use gradclip::{ClipNorm, ClipValue, Error, NormReport, NormType, Scope, REPORTS_KEPT};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::{mpsc, Arc};
@@ -173,4 +173,37 @@ fn a_slot_taken_again_while_it_is_read() {
     }
     drop(sender);
     reader.join().unwrap();
+}
+
+#[test]
+fn scoped_calls_without_a_clipper_in_sight() {
+    let Some(double) = double::lock() else { return };
+    {
+        let context = cuda::context(0).unwrap();
+        let stream = context.default_stream();
+        let threads: Vec<_> = (1..4)
+            .map(|thread| {
+                let stream = stream.clone();
+                std::thread::spawn(move || {
+                    let scale = thread as f32;
+                    let mut grads =
+                        [&[3.0 * scale, 4.0 * scale][..], &[0.5]].map(|one| stream.clone_htod(one).unwrap());
+                    let scope = Scope::per_tensor();
+                    let norms = cuda::norms_by(&stream, &grads, &scope, NormType::L1).unwrap().wait().unwrap();
+                    assert_eq!(
+                        norms.groups.iter().map(|group| group.total_norm).collect::<Vec<_>>(),
+                        [7.0 * f64::from(scale), 0.5]
+                    );
+                    // A threshold that is itself computed by the thread's clipper.
+                    let clip = FromNorm(stream.clone());
+                    let report = cuda::clip_grad_norm_by(&stream, &mut grads, &scope, clip).unwrap().wait().unwrap();
+                    assert_eq!((report.num_written(), report.groups[1].clip_coef), (1, 1.0));
+                    assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [0.6, 0.8]);
+                    assert!(cuda::clip_grad_norm_by(&stream, &mut grads, &scope, -1.0).is_err());
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+    assert_eq!((double.live_allocations(), double.live_handles(), double.violated_guards()), (0, 0, 0));
 }

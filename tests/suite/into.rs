@@ -229,6 +229,37 @@ fn specials_by_every_policy() {
     });
 }
 
+/// A loss scale comes off in the same product, also one that makes the gradients larger.
+#[test]
+fn loss_scales() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(26);
+        for (from, to) in PAIRS {
+            let grads = [source.tensor(from, 3000, 1), source.tensor(from, 17, 0)];
+            let outputs = [Output::new(to, 3000, 0), Output::new(to, 17, 1)];
+            let norm = cpu::total_norm(&grads, NormType::L2).unwrap().total_norm;
+            for loss_scale in [65536.0, 3.0, 0.5, 1e-30, 1e30] {
+                for fraction in [0.5, 2.0, f64::INFINITY] {
+                    let clip = ClipNorm::new(fraction * norm / loss_scale).loss_scale(loss_scale);
+                    let what = format!("{from} to {to}, loss scale {loss_scale}, {fraction}");
+                    let report = assert_parity(clipper, &grads, &outputs, clip, &what);
+                    assert!(report.written && report.multiplier == report.clip_coef / loss_scale, "{what}");
+                }
+            }
+            // Not finite: as without one, but what Propagate writes under an infinite threshold is unscaled.
+            let mut bad = grads.clone();
+            bad[1] = tensor(from, &[f64::INFINITY; 17]);
+            for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
+                for max_norm in [0.5, f64::INFINITY] {
+                    let clip = ClipNorm::new(max_norm).loss_scale(1024.0).nonfinite(policy);
+                    let report = assert_parity(clipper, &bad, &outputs, clip, &format!("{from} to {to}, {policy:?}"));
+                    assert_eq!(report.written, policy != NonFinite::Skip);
+                }
+            }
+        }
+    });
+}
+
 /// Every finite f16 and bf16, and f64 around the borders of f32.
 #[test]
 fn all_bit_patterns() {

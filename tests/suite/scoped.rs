@@ -294,3 +294,35 @@ fn only_the_last_scoped_call_can_be_read() {
         });
     });
 }
+
+/// A loss scale goes from every group, also from one that is only measured; telemetry is of what was there.
+#[test]
+fn a_loss_scale_in_every_group() {
+    with_clipper(|clipper| {
+        let list = [tensor(Dtype::F32, &[3.0, 4.0]), tensor(Dtype::F64, &[30.0]), tensor(Dtype::F16, &[0.5])];
+        let max_norms = [Some(0.5), None, Some(9.0)];
+        let scope = Scope::per_tensor().max_norms(&max_norms);
+        let report = assert_parity(clipper, &list, &scope, ClipNorm::new(1.0).loss_scale(2.0), "loss scale");
+        assert_eq!(report.groups.iter().map(|group| group.total_norm).collect::<Vec<_>>(), [2.5, 15.0, 0.25]);
+        assert_eq!((report.num_written(), report.tensors[1].norm, report.tensors[1].max_abs), (3, 30.0, 30.0));
+        let mut there = list.to_vec();
+        on_device(clipper, &mut there, &scope, ClipNorm::new(1.0).loss_scale(2.0)).unwrap();
+        let expected = [tensor(Dtype::F32, &[0.3, 0.4]), tensor(Dtype::F64, &[15.0]), tensor(Dtype::F16, &[0.25])];
+        assert_eq!(bits(&there), bits(&expected));
+    });
+}
+
+/// What clips can be measured: the number of groups is that of the thresholds, whatever these are.
+#[test]
+fn measuring_has_the_groups_of_clipping() {
+    with_clipper(|clipper| {
+        let list = [tensor(Dtype::F32, &[3.0, 4.0]), tensor(Dtype::F32, &[2.0])];
+        let thresholds = [Some(1.0), Some(-1.0), None, Some(f64::NAN), None];
+        let scope = Scope::groups(&[3, 0]).max_norms(&thresholds);
+        let mut device = OnDevice::upload(clipper.stream(), &list);
+        let report = device.with(&list, |grads| clipper.norms_by(grads, &scope, NormType::L2)).unwrap().wait().unwrap();
+        assert_eq!(report, cpu::norms_by(&list, &scope, NormType::L2).unwrap());
+        assert_eq!(report.groups.iter().map(|group| group.total_norm).collect::<Vec<_>>(), [2.0, 0.0, 0.0, 5.0, 0.0]);
+        assert_eq!(report.of_tensor(0).unwrap(), &report.groups[3..4]);
+    });
+}

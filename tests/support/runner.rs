@@ -9,7 +9,7 @@ use std::{env, fs};
 
 use anyhow::{ensure, Context, Result};
 use bytemuck::{bytes_of, Zeroable};
-use gradclip::abi::{ClampBounds, ClipParams};
+use gradclip::abi::{ClampBounds, ClipParams, StatsSlot};
 use gradclip::NormType;
 
 use super::toolchain::{self, Build};
@@ -39,6 +39,8 @@ pub struct Tensor {
     pub dtype: Dtype,
     /// Bytes between a 16-byte border and the first element.
     pub misalign: u32,
+    /// For [`Operation::Scoped`].
+    pub rows: u64,
     pub data: Vec<u8>,
 }
 
@@ -51,6 +53,8 @@ pub enum Operation {
     ClipNormInto { max_norm: f64, loss_scale: f64, nonfinite: u32, to_f32: bool, misalign: usize },
     /// clip_coef_of_norm, scale_any.
     ClipWithNorm { total_norm: f64, max_norm: f64, loss_scale: f64, nonfinite: u32 },
+    /// scoped_partials or scoped_stats, scoped_coefs, scoped_scale: of each row, or all in one group.
+    Scoped { max_norm: f64, norm_type: u32, nonfinite: u32, one_group: bool, stats: bool },
     /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
     Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
 }
@@ -97,6 +101,9 @@ pub struct Outcome {
     pub tensors: Vec<Vec<u8>>,
     /// That of the outputs, if there are any.
     pub outputs: Vec<Vec<u8>>,
+    /// Of [`Operation::Scoped`].
+    pub groups: Vec<Report>,
+    pub stats: Vec<StatsSlot>,
 }
 
 /// The program, built for one sanitizer or none.
@@ -213,7 +220,8 @@ impl Case {
                 Operation::ClipNorm { .. } => 0,
                 Operation::Clamp { .. } => 1,
                 Operation::ClipWithNorm { .. } => 2,
-                Operation::ClipNormInto { .. } => 3,
+                Operation::Scoped { one_group, stats, .. } => 3 + 2 * u32::from(one_group) + u32::from(stats),
+                Operation::ClipNormInto { .. } => 7,
             },
             self.table_in_memory.into(),
             self.with_scales.into(),
@@ -235,6 +243,9 @@ impl Case {
                 let norm_type = NormType::L2 as u32;
                 clip = ClipParams { max_norm, loss_scale, norm_type, nonfinite, ..ClipParams::zeroed() };
             }
+            Operation::Scoped { max_norm, norm_type, nonfinite, .. } => {
+                clip = ClipParams { max_norm, loss_scale: 1.0, norm_type, nonfinite, ..ClipParams::zeroed() };
+            }
             Operation::Clamp { f64, f32, f16, bf16 } => {
                 ([bounds.lo_f64, bounds.hi_f64], [bounds.lo_f32, bounds.hi_f32]) = (f64, f32);
                 ([bounds.lo_f16, bounds.hi_f16], [bounds.lo_bf16, bounds.hi_bf16]) = (f16, bf16);
@@ -248,6 +259,7 @@ impl Case {
             let numel = (tensor.data.len() / tensor.dtype.size()) as u64;
             out.extend((tensor.dtype as u32).to_le_bytes());
             out.extend(tensor.misalign.to_le_bytes());
+            out.extend(tensor.rows.to_le_bytes());
             out.extend(numel.to_le_bytes());
             out.extend(&tensor.data);
             if let Some((dtype, misalign)) = self.output(index) {
@@ -305,7 +317,7 @@ impl Bytes<'_> {
 
     fn outcome(&mut self, case: &Case) -> Result<Outcome> {
         let num_tiles = self.word(u32::from_le_bytes)? as usize;
-        Ok(Outcome {
+        let mut outcome = Outcome {
             sums: self.words(num_tiles, f64::from_le_bytes)?,
             scales: self.words(num_tiles, i32::from_le_bytes)?,
             counts: self.words(num_tiles, u64::from_le_bytes)?,
@@ -322,6 +334,15 @@ impl Bytes<'_> {
                     Ok(self.take(tensor.data.len() / tensor.dtype.size() * dtype.size())?.to_vec())
                 })
                 .collect::<Result<_>>()?,
-        })
+            groups: Vec::new(),
+            stats: Vec::new(),
+        };
+        if let Operation::Scoped { .. } = case.operation {
+            let (groups, stats) = (self.word(u32::from_le_bytes)?, self.word(u32::from_le_bytes)?);
+            outcome.groups = (0..groups).map(|_| self.report()).collect::<Result<_>>()?;
+            let slot = |bytes: [u8; size_of::<StatsSlot>()]| bytemuck::pod_read_unaligned(&bytes);
+            outcome.stats = self.words(stats as usize, slot)?;
+        }
+        Ok(outcome)
     }
 }

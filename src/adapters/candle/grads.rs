@@ -73,6 +73,10 @@ impl GradList {
         self.variables.name_in(error)
     }
 
+    pub(super) fn variables(&self) -> &Variables {
+        &self.variables
+    }
+
     pub(super) fn into_variables(self) -> Variables {
         self.variables
     }

@@ -55,10 +55,11 @@ mod on_cpu;
 #[cfg(feature = "candle-cuda")]
 mod on_cuda;
 
-use super::deferred::Deferred;
+use super::deferred::{Deferred, DeferredScoped};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
 use crate::total_norm::TotalNorm;
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -183,4 +184,85 @@ pub fn clip_grad_value(
         #[cfg(feature = "candle-cuda")]
         Home::Cuda(stream) => on_cuda::clip_grad_value(list, &stream, vars, grads, clip),
     }
+}
+
+/// The norm of each group of a [`Scope`]; see [`cpu::norms_by`](crate::cpu::norms_by). The lists of the scope and of the
+/// report are as for [`clip_grad_norm_by`].
+///
+/// # Errors
+/// As [`total_norm`], and a scope that does not fit the variables.
+///
+/// ```
+/// # use candle_core::{DType, Device, Var};
+/// # use gradclip::{NormType, Scope};
+/// # fn main() -> candle_core::Result<()> {
+/// let weight = Var::new(&[[3.0f32, 4.0], [0.0, -2.0]], &Device::Cpu)?;
+/// let unused = Var::zeros(7, DType::F32, &Device::Cpu)?;
+/// let grads = (weight.as_tensor().sqr()? * 0.5)?.sum_all()?.backward()?;
+/// let scope = Scope::leading_dimension().telemetry();
+/// let report = gradclip::candle::norms_by(&[unused, weight], &grads, &scope, NormType::L2)?.wait()?;
+/// let norms: Vec<f64> = report.of_tensor(1).unwrap().iter().map(|row| row.total_norm).collect();
+/// assert_eq!((norms, report.tensors[1].zeros), (vec![5.0, 2.0], 1));
+/// # Ok(())
+/// # }
+/// ```
+pub fn norms_by(vars: &[Var], grads: &GradStore, scope: &Scope<'_>, norm_type: NormType) -> Result<DeferredScoped> {
+    let list = GradList::gather(vars, grads)?;
+    let rows = leading_dimensions(vars, grads);
+    let scope = scope.with_leading_dimensions(&rows);
+    match list.home() {
+        Home::Cpu => on_cpu::norms_by(&list, &rows, &scope, norm_type),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::norms_by(&list, &stream, vars.len(), &scope, norm_type),
+    }
+}
+
+/// Clips the gradients of `vars` by the norm of each group of a [`Scope`]: each gradient by its own, named groups, each
+/// row; see [`cpu::clip_grad_norm_by`](crate::cpu::clip_grad_norm_by).
+///
+/// The lists of the scope and of the report have an entry for each variable, whether it has a gradient or not: one that
+/// has none, or shares that of one before it, counts as one without elements, of the variable's shape.
+/// [`Scope::leading_dimension`] takes the rows from the shapes.
+///
+/// # Errors
+/// As [`clip_grad_norm`], and a scope that does not fit the variables. No value has changed then.
+///
+/// ```
+/// # use candle_core::{DType, Device, Var};
+/// # use gradclip::Scope;
+/// # fn main() -> candle_core::Result<()> {
+/// let (encoder, head) = (Var::new(&[3.0f32, 4.0], &Device::Cpu)?, Var::new(&[30.0f32], &Device::Cpu)?);
+/// let loss = ((encoder.as_tensor().sqr()?.sum_all()? + head.as_tensor().sqr()?.sum_all()?)? * 0.5)?;
+/// let mut grads = loss.backward()?;
+/// let scope = Scope::groups(&[0, 1]).max_norms(&[Some(1.0), None]); // the head is only measured
+/// let vars = [encoder, head];
+/// let report = gradclip::candle::clip_grad_norm_by(&vars, &mut grads, &scope, 1.0)?.wait()?;
+/// assert_eq!((report.groups[0].total_norm, report.groups[1].total_norm), (5.0, 30.0));
+/// assert_eq!(grads.get(&vars[0]).unwrap().to_vec1::<f32>()?, [0.6, 0.8]);
+/// assert_eq!(grads.get(&vars[1]).unwrap().to_vec1::<f32>()?, [30.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_grad_norm_by(
+    vars: &[Var],
+    grads: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<DeferredScoped> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    let rows = leading_dimensions(vars, grads);
+    let scope = scope.with_leading_dimensions(&rows);
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_norm_by(&list, &rows, vars, grads, &scope, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_grad_norm_by(&list, &stream, vars, grads, &scope, clip),
+    }
+}
+
+/// Rows of each gradient, or of the variable that has none. A tensor without dimensions is one row.
+fn leading_dimensions(vars: &[Var], grads: &GradStore) -> Vec<usize> {
+    let of = |var: &Var| grads.get(var).unwrap_or(var.as_tensor()).dims().first().copied().unwrap_or(1);
+    vars.iter().map(of).collect()
 }

@@ -2,18 +2,20 @@
 
 use super::grads::{offsets, GradList};
 use super::locks::{in_own_pool, ReadLocks};
-use crate::abi::ClampBounds;
-use crate::adapters::deferred::Deferred;
+use crate::abi::{ClampBounds, TILE_BYTES};
+use crate::adapters::deferred::{Deferred, DeferredScoped};
 use crate::clip_coef::Verdict;
+use crate::cpu::scoped::{self, Measured};
 use crate::cpu::{self, Counts, Grad, GradMut};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
 use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Var};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor, Var};
 use std::cell::RefCell;
 
 pub(super) fn total_norm(list: GradList, norm_type: NormType) -> Result<Deferred<NormReport>> {
@@ -72,12 +74,62 @@ pub(super) fn clip_grad_value(
     Ok(Deferred::on_host(report, list.into_variables()))
 }
 
+pub(super) fn norms_by(
+    list: &GradList,
+    rows: &[usize],
+    scope: &Scope<'_>,
+    norm_type: NormType,
+) -> Result<DeferredScoped> {
+    let measured = measure_by(list, rows, &scope.only_measured(), &ClipNorm::measure_only(norm_type))?;
+    Ok(DeferredScoped::on_host(measured.report))
+}
+
+pub(super) fn clip_grad_norm_by(
+    list: &GradList,
+    rows: &[usize],
+    vars: &[Var],
+    store: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: &ClipNorm,
+) -> Result<DeferredScoped> {
+    let measured = measure_by(list, rows, scope, clip)?;
+    for (index, tensor) in list.tensors().iter().enumerate() {
+        let variable = list.variables().name(index);
+        if measured.report.of_tensor(variable).is_some_and(|groups| groups.iter().any(|group| group.written)) {
+            tensor.inplace_op1(&ScaleBy { measured: &measured, variable })?;
+        }
+    }
+    if measured.report.num_written() > 0 {
+        list.put_back(vars, store);
+    }
+    Ok(DeferredScoped::on_host(measured.report))
+}
+
+/// In the list that is measured every variable has a place, so that all indices are those of variables.
+fn measure_by(list: &GradList, rows: &[usize], scope: &Scope<'_>, clip: &ClipNorm) -> Result<Measured> {
+    let bytes = bytes_of(list).saturating_add(scope.num_rows().saturating_mul(TILE_BYTES));
+    let nothing = Grad::F32(&[]);
+    lend_slices(list, bytes, |slices| {
+        let all = list.variables().spread(rows.len(), nothing, slices.iter().copied());
+        scoped::measure(&all, scope, clip)
+    })
+}
+
 fn measure(list: &GradList, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
     with_slices(list, |slices| cpu::measure(slices, clip))
 }
 
-/// Runs `work` over the gradients as slices, and names variables in its errors. Holds their read locks meanwhile.
+/// Runs `work` over the gradients as slices, and names variables in its errors.
 fn with_slices<R: Send>(list: &GradList, work: impl FnOnce(&[Grad<'_>]) -> Result<R> + Send) -> Result<R> {
+    lend_slices(list, bytes_of(list), |slices| work(slices).map_err(|error| list.name_in(error)))
+}
+
+/// Runs `work` over the gradients as slices: that many bytes. Holds their read locks meanwhile.
+fn lend_slices<R: Send>(
+    list: &GradList,
+    bytes: usize,
+    work: impl FnOnce(&[Grad<'_>]) -> Result<R> + Send,
+) -> Result<R> {
     let locks = ReadLocks::of(list);
     let tensors = list.tensors().iter().zip(list.storages()).enumerate();
     let slices: Result<Vec<Grad<'_>>> = tensors
@@ -86,11 +138,14 @@ fn with_slices<R: Send>(list: &GradList, work: impl FnOnce(&[Grad<'_>]) -> Resul
             _ => Err(Error::WrongDevice { tensor: index, expected: "the CPU".into(), got: "a GPU".into() }),
         })
         .collect();
-    slices.and_then(|slices| in_own_pool(bytes_of(list), || work(&slices))).map_err(|error| list.name_in(error))
+    let slices = slices.map_err(|error| list.name_in(error))?;
+    in_own_pool(bytes, || work(&slices))
 }
 
+/// In whole tiles, as the work is dealt out to threads.
 fn bytes_of(list: &GradList) -> usize {
-    list.tensors().iter().map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+    let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+    list.tensors().iter().map(|tensor| bytes(tensor).next_multiple_of(TILE_BYTES)).sum()
 }
 
 /// Applies `op` to each gradient, under its write lock.
@@ -139,6 +194,24 @@ impl InplaceOp1 for Scale {
         let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
         let mut grads = [slice_of_mut(storage, layout)?];
         in_own_pool(bytes, || (self.apply)(&self.verdict, &mut grads));
+        Ok(())
+    }
+}
+
+struct ScaleBy<'a> {
+    measured: &'a Measured,
+    variable: usize,
+}
+
+impl InplaceOp1 for ScaleBy<'_> {
+    fn name(&self) -> &'static str {
+        "clip_grad_norm_by"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
+        let grad = (self.variable, slice_of_mut(storage, layout)?);
+        in_own_pool(bytes, || scoped::apply_to(self.measured, std::iter::once(grad)));
         Ok(())
     }
 }

@@ -2,11 +2,13 @@
 
 use super::grads::{offsets, GradList};
 use crate::adapters::cudarc::{sealed, DeviceGrad, DeviceGradMut, Found, WrongContext};
-use crate::adapters::deferred::Deferred;
+use crate::adapters::deferred::{Deferred, DeferredScoped};
 use crate::cuda;
 use crate::error::Result;
 use crate::options::{ClipNorm, ClipValue, NormType};
+use crate::plan::TensorRef;
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
 use crate::total_norm::TotalNorm;
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
@@ -21,7 +23,7 @@ pub(super) fn total_norm(
     stream: &Arc<CudaStream>,
     norm_type: NormType,
 ) -> Result<Deferred<NormReport>> {
-    let grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))).collect();
     let pending = cuda::total_norm(stream, &grads, norm_type);
     Deferred::of_call(pending, list.into_variables())
 }
@@ -33,7 +35,7 @@ pub(super) fn clip_grad_norm(
     store: &mut GradStore,
     clip: ClipNorm,
 ) -> Result<Deferred<NormReport>> {
-    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))).collect();
     let pending = cuda::clip_grad_norm(stream, &mut grads, clip);
     if pending.is_ok() {
         list.put_back(vars, store); // whether they were scaled, the device knows; if not, they are what they were
@@ -70,7 +72,7 @@ pub(super) fn clip_grad_value(
     store: &mut GradStore,
     clip: ClipValue,
 ) -> Result<Deferred<ValueReport>> {
-    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))).collect();
     let pending = cuda::clip_grad_value(stream, &mut grads, clip);
     if pending.is_ok() {
         list.put_back(vars, store);
@@ -78,20 +80,50 @@ pub(super) fn clip_grad_value(
     Deferred::of_call(pending, list.into_variables())
 }
 
-/// A contiguous CUDA tensor of a dtype that is supported.
+pub(super) fn norms_by(
+    list: &GradList,
+    stream: &Arc<CudaStream>,
+    num_vars: usize,
+    scope: &Scope<'_>,
+    norm_type: NormType,
+) -> Result<DeferredScoped> {
+    cuda::norms_by(stream, &all_variables(list, num_vars), scope, norm_type).map(DeferredScoped::on_device)
+}
+
+pub(super) fn clip_grad_norm_by(
+    list: &GradList,
+    stream: &Arc<CudaStream>,
+    vars: &[Var],
+    store: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+) -> Result<DeferredScoped> {
+    let pending = cuda::clip_grad_norm_by(stream, &mut all_variables(list, vars.len()), scope, clip)?;
+    list.put_back(vars, store);
+    Ok(DeferredScoped::on_device(pending))
+}
+
+/// Every variable has a place, so that all indices are those of variables.
+fn all_variables(list: &GradList, num_vars: usize) -> Vec<CudaGrad<'_>> {
+    list.variables().spread(num_vars, CudaGrad(None), list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))))
+}
+
+/// A contiguous CUDA tensor of a dtype that is supported, or the gradient that a variable has not.
 ///
 /// candle's locks order the host: `find` holds the storage's read lock, `find_mut` its write lock, each only while it
 /// looks up the address. They say nothing of work that is already enqueued, candle's own neither. That is ordered by the
 /// stream, which is candle's, and in cudarc's multi-stream mode by the events that cudarc records for each slice: so
 /// after the launches the slices are looked up again, as for plain cudarc. Meanwhile the storage stays alive through the
 /// list's tensor, and what memory is freed later goes back to the pool in the order of the same stream.
-struct CudaGrad<'a>(&'a Tensor);
+#[derive(Clone)]
+struct CudaGrad<'a>(Option<&'a Tensor>);
 
 impl sealed::Sealed for CudaGrad<'_> {}
 
 impl DeviceGrad for CudaGrad<'_> {
     fn find(&self, stream: &CudaStream) -> Result<Found, WrongContext> {
-        let (storage, layout) = self.0.storage_and_layout();
+        let Some(tensor) = self.0 else { return Ok(Found::vouched_for(TensorRef::NOTHING)) };
+        let (storage, layout) = tensor.storage_and_layout();
         let Storage::Cuda(storage) = &*storage else { return Err(WrongContext::new("another device".into())) };
         let range = offsets(layout);
         let found = match storage.dtype() {
@@ -106,8 +138,9 @@ impl DeviceGrad for CudaGrad<'_> {
 
 impl DeviceGradMut for CudaGrad<'_> {
     fn find_mut(&mut self, stream: &CudaStream) -> Result<Found, WrongContext> {
+        let Some(tensor) = self.0 else { return Ok(Found::vouched_for(TensorRef::NOTHING)) };
         let locate = Locate { stream, found: RefCell::default() };
-        let run = self.0.inplace_op1(&locate);
+        let run = tensor.inplace_op1(&locate);
         match (locate.found.take(), run) {
             (Some(found), _) => found,
             (None, Err(error)) => Err(WrongContext::new(error.to_string())),

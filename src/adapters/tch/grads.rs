@@ -26,6 +26,19 @@ pub(super) struct GradList {
     variables: Variables,
     device: Option<Device>,
     copied: Vec<Copied>,
+    /// Leading dimension of each parameter's gradient, or of the parameter; 1 where there are no dimensions.
+    rows: Vec<usize>,
+}
+
+/// In which order a gradient's elements have to lie, to be clipped where they are.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Order {
+    /// In any, without gaps.
+    Any,
+    /// The slices along dimension 0 one after the other, each in any order.
+    BySlice,
+    /// As they are counted.
+    Contiguous,
 }
 
 /// A gradient that is clipped in a contiguous copy.
@@ -36,11 +49,12 @@ struct Copied {
 }
 
 impl GradList {
-    pub(super) fn gather<T: Borrow<Tensor>>(params: &[T]) -> Result<Self> {
+    pub(super) fn gather<T: Borrow<Tensor>>(params: &[T], order: Order) -> Result<Self> {
         let mut list = Self {
             places: Vec::with_capacity(params.len()),
             owners: Vec::with_capacity(params.len()),
             variables: Variables::with_capacity(params.len()),
+            rows: Vec::with_capacity(params.len()),
             ..Self::default()
         };
         // The same for two gradients exactly if they are the same elements of the same memory: the shape counts only
@@ -51,12 +65,15 @@ impl GradList {
         for (param, tensor) in params.iter().enumerate() {
             let tensor = tensor.borrow();
             if !tensor.defined() {
+                list.rows.push(0);
                 continue; // tch's own default
             }
             let grad = tensor.f_grad().map_err(framework)?;
             if !grad.defined() {
+                list.rows.push(leading_dimension(tensor));
                 continue;
             }
+            list.rows.push(leading_dimension(&grad));
             list.check_device(param, &grad)?;
             let dtype = dtype_of(param, &grad)?;
             let shape = Shape::of(&grad);
@@ -64,6 +81,7 @@ impl GradList {
                 return Err(Error::Overlap { first: param, second: param });
             }
             let (dense, numel) = (shape.is_dense(), shape.numel);
+            let in_place = dense && has_order(&grad, order);
             let address = if numel == 0 { 0 } else { grad.data_ptr() as u64 };
             if address == 0 && numel > 0 {
                 // Zeros that libtorch keeps as no more than their shape.
@@ -78,7 +96,7 @@ impl GradList {
             }
             list.variables.push(param);
             spans.push((address, address + shape.span * dtype.size() as u64, list.places.len()));
-            if dense && !grad.requires_grad() && !grad.f_is_neg().map_err(framework)? {
+            if in_place && !grad.requires_grad() && !grad.f_is_neg().map_err(framework)? {
                 list.push(address, numel, dtype, grad);
             } else {
                 list.push_copy(numel, dtype, grad)?;
@@ -120,6 +138,14 @@ impl GradList {
         &self.places
     }
 
+    pub(super) fn rows(&self) -> &[usize] {
+        &self.rows
+    }
+
+    pub(super) fn variables(&self) -> &Variables {
+        &self.variables
+    }
+
     pub(super) fn name_in(&self, error: Error) -> Error {
         self.variables.name_in(error)
     }
@@ -150,6 +176,21 @@ impl GradList {
         };
         Err(Error::WrongDevice { tensor: param, expected, got: name(device) })
     }
+}
+
+fn leading_dimension(tensor: &Tensor) -> usize {
+    tensor.size().first().map_or(1, |&size| size as usize)
+}
+
+/// Of a gradient without gaps.
+fn has_order(grad: &Tensor, order: Order) -> bool {
+    let slices_follow = || {
+        let (size, stride) = (grad.size(), grad.stride());
+        size.first()
+            .zip(stride.first())
+            .is_none_or(|(&size, &stride)| size <= 1 || (size * stride) as usize == grad.numel())
+    };
+    order == Order::Any || grad.is_contiguous() || order == Order::BySlice && slices_follow()
 }
 
 fn name(device: Device) -> String {

@@ -75,13 +75,14 @@ mod on_cpu;
 #[cfg(feature = "cuda")]
 mod on_cuda;
 
-use super::deferred::Deferred;
+use super::deferred::{Deferred, DeferredScoped};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::report::{NormReport, ValueReport};
+use crate::scope::{Kind, Scope};
 use crate::total_norm::TotalNorm;
 use ::tch::{TchError, Tensor};
-use grads::{GradList, Home};
+use grads::{GradList, Home, Order};
 use std::borrow::Borrow;
 
 /// As the one variant of tch's that carries another error: its text is that error's, and `into_inner` of the
@@ -115,7 +116,7 @@ impl From<Error> for TchError {
 #[cfg_attr(feature = "cuda", doc = "[`cuda::Clipper`]: crate::cuda::Clipper")]
 #[cfg_attr(not(feature = "cuda"), doc = "[`cuda::Clipper`]: crate#features")]
 pub fn total_norm<T: Borrow<Tensor>>(params: &[T], norm_type: NormType) -> Result<Deferred<NormReport>> {
-    let list = GradList::gather(params)?;
+    let list = GradList::gather(params, Order::Any)?;
     match list.home() {
         Home::Cpu => on_cpu::total_norm(list, norm_type),
         #[cfg(feature = "cuda")]
@@ -146,7 +147,7 @@ pub fn total_norm<T: Borrow<Tensor>>(params: &[T], norm_type: NormType) -> Resul
 pub fn clip_grad_norm<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
     let clip = clip.into();
     clip.validate()?;
-    let list = GradList::gather(params)?;
+    let list = GradList::gather(params, Order::Any)?;
     match list.home() {
         Home::Cpu => on_cpu::clip_grad_norm(list, &clip),
         #[cfg(feature = "cuda")]
@@ -227,11 +228,91 @@ pub fn clip_coef<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipNorm>) -> 
 pub fn clip_grad_value<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipValue>) -> Result<Deferred<ValueReport>> {
     let clip = clip.into();
     clip.validate()?;
-    let list = GradList::gather(params)?;
+    let list = GradList::gather(params, Order::Any)?;
     match list.home() {
         Home::Cpu => on_cpu::clip_grad_value(list, &clip),
         #[cfg(feature = "cuda")]
         Home::Cuda(ordinal) => on_cuda::clip_grad_value(list, ordinal, clip),
+    }
+}
+
+/// The norm of each group of a [`Scope`]; see [`cpu::norms_by`](crate::cpu::norms_by). The lists of the scope and of the
+/// report are as for [`clip_grad_norm_by`].
+///
+/// # Errors
+/// As [`total_norm`], and a scope that does not fit the parameters.
+///
+/// ```
+/// use gradclip::{NormType, Scope};
+/// use tch::{Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let weight = Tensor::from_slice2(&[[3.0f32, 4.0], [0.0, -2.0]]).set_requires_grad(true);
+/// (weight.square().sum(Kind::Float) * 0.5).backward();
+/// let scope = Scope::leading_dimension().telemetry();
+/// let report = gradclip::tch::norms_by(&[&weight], &scope, NormType::L2)?.wait()?;
+/// assert_eq!((report.groups[0].total_norm, report.groups[1].total_norm), (5.0, 2.0));
+/// assert_eq!((report.tensors[0].max_abs, report.tensors[0].zeros), (4.0, 1));
+/// # Ok(())
+/// # }
+/// ```
+pub fn norms_by<T: Borrow<Tensor>>(params: &[T], scope: &Scope<'_>, norm_type: NormType) -> Result<DeferredScoped> {
+    let list = GradList::gather(params, order(scope))?;
+    match list.home() {
+        Home::Cpu => on_cpu::norms_by(&list, scope, norm_type),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::norms_by(&list, ordinal, scope, norm_type),
+    }
+}
+
+/// Clips the gradients of `params` by the norm of each group of a [`Scope`]: each gradient by its own, named groups, each
+/// row; see [`cpu::clip_grad_norm_by`](crate::cpu::clip_grad_norm_by).
+///
+/// The lists of the scope and of the report have an entry for each parameter, whether it has a gradient or not: one that
+/// has none, or shares that of one before it, counts as one without elements, of the parameter's shape.
+/// [`Scope::leading_dimension`] takes the rows from the shapes. With rows, a gradient in which they do not lie one after
+/// the other (transposed; channels-last if they are given by [`Scope::rows`]) is clipped in a contiguous copy, which is
+/// copied back.
+///
+/// # Errors
+/// As [`clip_grad_norm`], and a scope that does not fit the parameters. No value has changed then.
+///
+/// ```
+/// use gradclip::Scope;
+/// use tch::{Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let encoder = Tensor::from_slice(&[3.0f32, 4.0]).set_requires_grad(true);
+/// let head = Tensor::from_slice(&[30.0f32]).set_requires_grad(true);
+/// ((encoder.square().sum(Kind::Float) + head.square().sum(Kind::Float)) * 0.5).backward();
+/// let scope = Scope::groups(&[0, 1]).max_norms(&[Some(1.0), None]); // the head is only measured
+/// let report = gradclip::tch::clip_grad_norm_by(&[&encoder, &head], &scope, 1.0)?.wait()?;
+/// assert_eq!((report.groups[0].total_norm, report.groups[1].total_norm), (5.0, 30.0));
+/// assert_eq!(Vec::<f32>::try_from(encoder.grad())?, [0.6, 0.8]);
+/// assert_eq!(Vec::<f32>::try_from(head.grad())?, [30.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_grad_norm_by<T: Borrow<Tensor>>(
+    params: &[T],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<DeferredScoped> {
+    let clip = clip.into();
+    clip.validate()?;
+    let mut list = GradList::gather(params, order(scope))?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_norm_by(&mut list, scope, &clip),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::clip_grad_norm_by(&mut list, ordinal, scope, clip),
+    }
+}
+
+fn order(scope: &Scope<'_>) -> Order {
+    match scope.kind {
+        Kind::Rows(_) => Order::Contiguous,
+        Kind::LeadingDimension => Order::BySlice,
+        Kind::Global | Kind::PerTensor | Kind::Groups(_) => Order::Any,
     }
 }
 

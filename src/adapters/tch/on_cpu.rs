@@ -1,14 +1,16 @@
 //! CPU tensors: slices of their memory.
 
 use super::grads::GradList;
-use crate::adapters::deferred::Deferred;
+use crate::adapters::deferred::{Deferred, DeferredScoped};
 use crate::clip_coef::Verdict;
+use crate::cpu::scoped::{self, Measured};
 use crate::cpu::{self, Grad, GradMut};
 use crate::dtype::{Dtype, Element};
 use crate::error::Result;
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::plan::TensorRef;
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
 use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
@@ -60,6 +62,29 @@ pub(super) fn clip_grad_value(mut list: GradList, clip: &ClipValue) -> Result<De
         list.put_back()?;
     }
     Ok(Deferred::on_host(report, list.into_variables()))
+}
+
+pub(super) fn norms_by(list: &GradList, scope: &Scope<'_>, norm_type: NormType) -> Result<DeferredScoped> {
+    let measured = measure_by(list, &scope.only_measured(), &ClipNorm::measure_only(norm_type))?;
+    Ok(DeferredScoped::on_host(measured.report))
+}
+
+pub(super) fn clip_grad_norm_by(list: &mut GradList, scope: &Scope<'_>, clip: &ClipNorm) -> Result<DeferredScoped> {
+    let measured = measure_by(list, scope, clip)?;
+    if measured.report.num_written() > 0 {
+        let variables: Vec<usize> = (0..list.places().len()).map(|index| list.variables().name(index)).collect();
+        // SAFETY: `measure_by` has refused overlaps.
+        let slices = unsafe { slices_mut(list) };
+        scoped::apply_to(&measured, variables.into_iter().zip(slices));
+        list.put_back()?;
+    }
+    Ok(DeferredScoped::on_host(measured.report))
+}
+
+/// In the list that is measured every parameter has a place, so that all indices are those of parameters.
+fn measure_by(list: &GradList, scope: &Scope<'_>, clip: &ClipNorm) -> Result<Measured> {
+    let all = list.variables().spread(list.rows().len(), Grad::F32(&[]), slices(list));
+    scoped::measure(&all, &scope.with_leading_dimensions(list.rows()), clip)
 }
 
 fn measure(list: &GradList, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {

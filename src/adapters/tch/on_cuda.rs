@@ -2,12 +2,13 @@
 
 use super::grads::GradList;
 use crate::adapters::cudarc::{sealed, DeviceGrad, DeviceGradMut, Found, WrongContext};
-use crate::adapters::deferred::Deferred;
+use crate::adapters::deferred::{Deferred, DeferredScoped};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, ClipValue, NormType};
 use crate::plan::TensorRef;
 use crate::report::{NormReport, ValueReport};
+use crate::scope::Scope;
 use crate::total_norm::TotalNorm;
 use cudarc::driver::{CudaContext, CudaStream};
 use libloading::Library;
@@ -65,6 +66,36 @@ pub(super) fn clip_grad_value(mut list: GradList, ordinal: usize, clip: ClipValu
         list.put_back()?;
     }
     Deferred::of_call(pending, list.into_variables())
+}
+
+pub(super) fn norms_by(
+    list: &GradList,
+    ordinal: usize,
+    scope: &Scope<'_>,
+    norm_type: NormType,
+) -> Result<DeferredScoped> {
+    let stream = current_stream(ordinal)?;
+    let scope = scope.with_leading_dimensions(list.rows());
+    cuda::norms_by(&stream, &all_parameters(list, ordinal), &scope, norm_type).map(DeferredScoped::on_device)
+}
+
+pub(super) fn clip_grad_norm_by(
+    list: &mut GradList,
+    ordinal: usize,
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+) -> Result<DeferredScoped> {
+    let stream = current_stream(ordinal)?;
+    let scope = scope.with_leading_dimensions(list.rows());
+    let pending = cuda::clip_grad_norm_by(&stream, &mut all_parameters(list, ordinal), &scope, clip)?;
+    list.put_back()?;
+    Ok(DeferredScoped::on_device(pending))
+}
+
+/// Every parameter has a place, so that all indices are those of parameters.
+fn all_parameters(list: &GradList, ordinal: usize) -> Vec<TorchGrad> {
+    let places = list.variables().spread(list.rows().len(), TensorRef::NOTHING, list.places().iter().copied());
+    places.into_iter().map(|place| TorchGrad { place, ordinal }).collect()
 }
 
 fn device_grads(list: &GradList, ordinal: usize) -> Vec<TorchGrad> {
