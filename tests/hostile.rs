@@ -698,7 +698,7 @@ fn many_tensors_groups_and_rows() {
         assert!(report.groups.iter().all(|group| group.written == (group.total_norm > 0.0)));
         assert_eq!(report.tensors[count - 1].max_abs, if (count - 1) % 3 == 0 { 0.0 } else { 1.0 });
         grads[count - 2] = vec![f32::NAN; (count - 2) % 3];
-        assert_eq!(report.of_tensor(count - 2).is_some(), true);
+        assert!(report.of_tensor(count - 2).is_some());
         let report = cpu::norms_by(&grads, &scope, NormType::L2).unwrap();
         let bad: Vec<_> = report.groups.iter().filter_map(|group| group.first_nonfinite).collect();
         assert!(bad.iter().all(|&tensor| tensor == count - 2) && !bad.is_empty(), "{bad:?}");
