@@ -32,7 +32,7 @@ for line in built.stdout.splitlines():
         name = message["target"]["name"]
         path = f"{pack}/{names.get(name, name)}"
         shutil.copy(message["executable"], path)
-        subprocess.run(["strip", "--strip-debug", path], check=True)
+        subprocess.run(["strip", path], check=True)
 PYTHON
 }
 
@@ -49,7 +49,7 @@ for option; do
   case $option in
     --candle)
       scripts/candle_cuda.py gpu-test "$pack/candle_on_gpu"
-      strip --strip-debug "$pack/candle_on_gpu"
+      strip "$pack/candle_on_gpu"
       ;;
     --tch)
       torch=${TORCH:-2.11.0}

@@ -79,6 +79,7 @@ if [ -e "$here/candle_on_gpu" ]; then
 fi
 if [ -e "$here/tch_tests" ] && [ "$torch" = "$(cat "$here/TORCH")" ]; then
   LD_LIBRARY_PATH=$libraries check 60 "$record/tests.txt" "$here/tch_tests" --test-threads 1
+  LD_LIBRARY_PATH=$libraries check 30 "$record/examples.txt" "$here/tch_cartpole" --quick
 elif [ -e "$here/tch_tests" ]; then
   note "SKIPPED: the tests of tch are for PyTorch $(cat "$here/TORCH"), here is ${torch:-none}"
 fi

@@ -115,8 +115,17 @@ echo "{ptx}" > "$2""#
 #[test]
 fn committed_snapshot_fits_the_kernels() -> Result<()> {
     let stems: Vec<_> = ptx::read_snapshot(Path::new(KERNELS))?.into_iter().map(|(stem, _)| stem).collect();
-    let expected =
-        ["clamp", "clip_coef", "norm_partials", "norm_partials_p", "scale", "scoped", "scoped_p", "scoped_stats"];
+    let expected = [
+        "clamp",
+        "clip_coef",
+        "norm_partials",
+        "norm_partials_p",
+        "scale",
+        "scale_into",
+        "scoped",
+        "scoped_p",
+        "scoped_stats",
+    ];
     assert_eq!(stems, expected);
     Ok(())
 }
