@@ -59,6 +59,24 @@ pub enum Error {
         /// Index of the first tensor that holds a NaN or an Inf; `None` if all are finite and only their norm overflows f64.
         tensor: Option<usize>,
     },
+    /// What a running norm is asked to clip is not what was added to it: another tensor, another order, or more or fewer.
+    #[error("tensor {tensor} is {got}; what was added to the running norm there is {expected}")]
+    OtherGradients {
+        /// Index of the first that differs.
+        tensor: usize,
+        /// What was added at that place.
+        expected: String,
+        /// What the list has there.
+        got: String,
+    },
+    /// A running norm of one order is asked to clip by a norm of another.
+    #[error("the running norm is of order {running}, and the clip asks for order {got}")]
+    OtherNormType {
+        /// Order of the running norm.
+        running: f64,
+        /// Order asked for.
+        got: f64,
+    },
     /// Two entries of the list share memory: it would be counted, and scaled, twice.
     #[error("tensors {first} and {second} overlap in memory; each gradient may be listed once")]
     Overlap {
@@ -280,6 +298,24 @@ pub enum Error {
     /// An error of the framework whose tensors were passed.
     #[error("{0}")]
     Framework(String),
+}
+
+#[cfg(any(feature = "cuda", feature = "candle", feature = "tch"))]
+impl Error {
+    /// The same error, with the index of each tensor in it changed.
+    pub(crate) fn rename_tensors(mut self, name: impl Fn(usize) -> usize) -> Self {
+        match &mut self {
+            Self::Overlap { first, second } => (*first, *second) = (name(*first), name(*second)),
+            Self::NonFinite { tensor: Some(tensor), .. }
+            | Self::Misaligned { tensor, .. }
+            | Self::TooLarge { tensor, .. }
+            | Self::UnsupportedDtype { tensor, .. }
+            | Self::WrongDevice { tensor, .. }
+            | Self::BadPointer { tensor, .. } => *tensor = name(*tensor),
+            _ => {}
+        }
+        self
+    }
 }
 
 fn at_tensor(tensor: &Option<usize>) -> String {

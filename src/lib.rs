@@ -151,6 +151,7 @@ mod options;
 mod outputs;
 mod plan;
 mod report;
+mod running_list;
 mod scope;
 mod scoped_plan;
 mod total_norm;

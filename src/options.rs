@@ -246,6 +246,19 @@ impl ClipNorm {
         Self::new(f64::INFINITY).norm_type(norm_type)
     }
 
+    /// Itself, if it is valid.
+    pub(crate) fn validated(self) -> Result<Self> {
+        self.validate().map(|()| self)
+    }
+
+    /// For a running norm of that order: 2, which nobody may have asked for, becomes it.
+    pub(crate) fn of_running_norm(self, running: NormType) -> Result<Self> {
+        if self.norm_type != NormType::L2 && self.norm_type != running {
+            return Err(Error::OtherNormType { running: running.order(), got: self.norm_type.order() });
+        }
+        Ok(self.norm_type(running))
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         let _env = DefaultFpEnv::enter(); // else a negative subnormal may pass for zero
         if self.max_norm.is_nan() || self.max_norm < 0.0 {

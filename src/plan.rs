@@ -34,11 +34,20 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// Whether the descriptors are those of these tensors.
+    pub(crate) fn are(descs: &[TensorDesc], tensors: &[TensorRef]) -> bool {
+        descs.len() == tensors.len()
+            && descs.iter().zip(tensors).all(|(desc, tensor)| {
+                desc.address == tensor.address && desc.numel == tensor.numel && desc.dtype == tensor.dtype as u32
+            })
+    }
+
     pub(crate) fn descs(&self) -> &[TensorDesc] {
         &self.descs
     }
 
-    /// (begin, end, index) of the tensors that are not empty, by address. None overlaps another.
+    /// (begin, end, index) of the tensors that are not empty, by address, of those taken by the last call. None overlaps
+    /// another.
     pub(crate) fn spans(&self) -> &[(u64, u64, usize)] {
         &self.by_address
     }
@@ -61,10 +70,7 @@ impl Plan {
     /// Whether this plan is one of exactly these tensors.
     #[cfg(any(feature = "cuda", test))]
     pub(crate) fn is_for(&self, tensors: &[TensorRef]) -> bool {
-        self.descs.len() == tensors.len()
-            && self.descs.iter().zip(tensors).all(|(desc, tensor)| {
-                desc.address == tensor.address && desc.numel == tensor.numel && desc.dtype == tensor.dtype as u32
-            })
+        Self::are(&self.descs, tensors)
     }
 
     /// Takes a new list. On an error the plan is empty.
@@ -79,6 +85,26 @@ impl Plan {
         result
     }
 
+    /// Takes more tensors behind those that are there; tiles and indices go on counting. On an error nothing changes.
+    /// Overlaps are looked for among the new ones only.
+    pub(crate) fn append(&mut self, tensors: &[TensorRef]) -> Result<()> {
+        let before = self.descs.len();
+        let result = self.fill(tensors).and_then(|()| refuse_overlaps(&mut self.by_address));
+        if result.is_err() {
+            self.truncate(before);
+        }
+        result
+    }
+
+    /// Drops all tensors but the first `count`.
+    pub(crate) fn truncate(&mut self, count: usize) {
+        if let Some(first) = self.descs.get(count) {
+            self.num_tiles = first.first_tile;
+            self.descs.truncate(count);
+            self.has_f64 = self.descs.iter().any(|desc| desc.dtype == Dtype::F64 as u32 && desc.numel > 0);
+        }
+    }
+
     fn clear(&mut self) {
         self.descs.clear();
         self.num_tiles = 0;
@@ -87,8 +113,9 @@ impl Plan {
 
     fn fill(&mut self, tensors: &[TensorRef]) -> Result<()> {
         self.by_address.clear();
-        let mut next_tile = 0;
-        for (index, &TensorRef { address, numel, dtype }) in tensors.iter().enumerate() {
+        let mut next_tile = self.num_tiles;
+        let first = self.descs.len();
+        for (index, &TensorRef { address, numel, dtype }) in (first..).zip(tensors) {
             let too_large = || Error::TooLarge { tensor: index, numel };
             let size = numel.checked_mul(dtype.size() as u64).ok_or_else(too_large)?;
             let end = address.checked_add(size).ok_or_else(too_large)?;

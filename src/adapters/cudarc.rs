@@ -256,6 +256,11 @@ impl DeviceList {
         self.known.clone_from(&self.raw);
     }
 
+    /// Whether the driver has to be asked about this tensor.
+    pub(crate) fn is_raw(&self, index: usize) -> bool {
+        self.raw.binary_search(&index).is_ok()
+    }
+
     /// Asks the driver about every raw pointer of the list.
     pub(crate) fn check_raw_pointers(&mut self, stream: &CudaStream) -> Result<()> {
         self.known.clear();

@@ -31,20 +31,8 @@ impl Variables {
     }
 
     /// The same error, with indices of variables.
-    pub(crate) fn name_in(&self, mut error: Error) -> Error {
-        match &mut error {
-            Error::Overlap { first, second } => {
-                (*first, *second) = (self.name(*first), self.name(*second));
-            }
-            Error::NonFinite { tensor: Some(tensor), .. }
-            | Error::Misaligned { tensor, .. }
-            | Error::TooLarge { tensor, .. }
-            | Error::UnsupportedDtype { tensor, .. }
-            | Error::WrongDevice { tensor, .. }
-            | Error::BadPointer { tensor, .. } => *tensor = self.name(*tensor),
-            _ => {}
-        }
-        error
+    pub(crate) fn name_in(&self, error: Error) -> Error {
+        error.rename_tensors(|tensor| self.name(tensor))
     }
 }
 

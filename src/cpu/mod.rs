@@ -12,6 +12,7 @@ mod norm_partials;
 mod parallel;
 mod partial;
 mod power;
+mod running;
 mod scale;
 mod scale_into;
 pub(crate) mod scoped;
@@ -22,6 +23,7 @@ pub(crate) use clamp::Counts;
 pub use grads::{AsGrad, AsGradMut, Grad, GradMut};
 #[cfg(feature = "candle")]
 pub(crate) use parallel::SERIAL_BYTES;
+pub use running::RunningNorm;
 
 use crate::abi::ClampBounds;
 use crate::clip_coef::{decide, Verdict};

@@ -53,10 +53,10 @@ use std::sync::Arc;
 pub struct Clipper {
     pub(super) stream: Arc<CudaStream>,
     pub(super) home: HomeThread,
-    kernels: KeepsContext<Kernels>,
-    workspace: KeepsContext<Workspace>,
+    pub(super) kernels: Arc<KeepsContext<Kernels>>,
+    pub(super) workspace: KeepsContext<Workspace>,
     outputs: KeepsContext<Outputs>,
-    reports: Arc<ReportRing>,
+    pub(super) reports: Arc<ReportRing>,
     pub(super) plan: Arc<Plan>,
     pub(super) list: DeviceList,
     pub(super) multiprocessors: u32,
@@ -86,7 +86,7 @@ impl Clipper {
         Ok(Self {
             stream: stream.clone(),
             home: HomeThread::of(stream),
-            kernels: KeepsContext::new(Kernels::load(context)?),
+            kernels: Arc::new(KeepsContext::new(Kernels::load(context)?)),
             workspace: KeepsContext::new(Workspace::new(stream)),
             outputs: KeepsContext::new(Outputs::new(stream)),
             reports: Arc::new(ReportRing::new(stream)?),
@@ -94,6 +94,25 @@ impl Clipper {
             list: DeviceList::default(),
             scoped: None,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
+        })
+    }
+
+    /// Another clipper for the same stream, with the kernels of this one. The context is current.
+    pub(super) fn sibling(&self) -> Result<Self> {
+        if is_capturing(&self.stream)? {
+            return Err(Error::CaptureNeedsWarmup { what: "the running norm" });
+        }
+        Ok(Self {
+            stream: self.stream.clone(),
+            home: HomeThread::of(&self.stream),
+            kernels: self.kernels.clone(),
+            workspace: KeepsContext::new(Workspace::new(&self.stream)),
+            outputs: KeepsContext::new(Outputs::new(&self.stream)),
+            reports: Arc::new(ReportRing::new(&self.stream)?),
+            plan: Arc::default(),
+            list: DeviceList::default(),
+            scoped: None,
+            multiprocessors: self.multiprocessors,
         })
     }
 
@@ -435,7 +454,7 @@ impl Clipper {
 }
 
 /// [`NonFinite::Error`] is to be told of the norm.
-fn finish(pending: Pending<NormReport>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
+pub(super) fn finish(pending: Pending<NormReport>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
     if clip.nonfinite == NonFinite::Error {
         let report = pending.wait()?;
         if report.found_inf {

@@ -16,7 +16,7 @@ const LIBRARIES_TEXT: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.s
 
 /// Driver functions reached by this crate, through cudarc. cudarc panics at the first use of one that the driver
 /// lacks, so they are looked up here before.
-const FUNCTIONS: [&str; 35] = [
+const FUNCTIONS: [&str; 36] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGet",
@@ -39,6 +39,7 @@ const FUNCTIONS: [&str; 35] = [
     "cuMemFreeHost",
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemsetD8Async",
     "cuPointerGetAttribute",
     "cuStreamCreate",

@@ -106,11 +106,31 @@ impl GrowBuffer {
         bytes: usize,
         capturing: bool,
     ) -> Result<()> {
-        if self.memory.as_ref().map_or(0, DeviceBuffer::bytes) < bytes {
+        self.grow(stream, what, 0, bytes, capturing)
+    }
+
+    /// [`reserve`](Self::reserve), where the first `kept` bytes are not lost: copied on the device, in the order of the
+    /// stream. Doubles at least, so that what grows bit by bit is copied as often as it has binary digits.
+    pub(crate) fn grow(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        what: &'static str,
+        kept: usize,
+        bytes: usize,
+        capturing: bool,
+    ) -> Result<()> {
+        let size = self.memory.as_ref().map_or(0, DeviceBuffer::bytes);
+        if size < bytes {
             if capturing {
                 return Err(Error::CaptureNeedsWarmup { what });
             }
-            let grown = DeviceBuffer::new(stream, what, bytes)?;
+            let grown = DeviceBuffer::new(stream, what, if kept > 0 { bytes.max(2 * size) } else { bytes })?;
+            if kept > 0 {
+                // SAFETY: both allocations are ours and at least this large (`kept` was written here before), and the
+                // stream, on which the old one is freed too, orders the copy after what wrote it.
+                unsafe { result::memcpy_dtod_async(grown.address(), self.address(), kept, stream.cu_stream()) }
+                    .map_err(driver_error("copying what has been added up"))?;
+            }
             self.retire();
             self.memory = Some(grown);
         }

@@ -15,6 +15,7 @@ mod launch;
 mod memory;
 mod outputs;
 mod reports;
+mod running;
 mod scoped;
 mod thread_clippers;
 mod workspace;
@@ -24,6 +25,7 @@ pub use clipper::Clipper;
 pub use driver::{check_driver, context};
 pub use kernels::compiler;
 pub use reports::Pending;
+pub use running::RunningNorm;
 pub use scoped::PendingScoped;
 pub use thread_clippers::{
     clip_coef, clip_grad_norm, clip_grad_norm_by, clip_grad_norm_into, clip_grad_value, clip_with_norm, norms_by,

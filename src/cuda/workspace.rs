@@ -52,6 +52,19 @@ impl Workspace {
         Ok(())
     }
 
+    /// Makes room for the partials of `tiles` tiles, with scales, and keeps those of the first `kept`. The context is
+    /// current; not while capturing.
+    pub(crate) fn grow(&mut self, kept: u32, tiles: u32, capturing: bool) -> Result<()> {
+        let [kept, bytes] = [kept, tiles].map(|tiles| tiles as usize * size_of::<f64>());
+        self.sums.grow(&self.stream, "partials", kept, bytes, capturing)?;
+        self.scales.grow(&self.stream, "scales", kept, bytes, capturing)
+    }
+
+    /// The scales that [`grow`](Self::grow) has made room for.
+    pub(crate) fn all_scales(&self) -> u64 {
+        self.scales.address()
+    }
+
     /// The table of the plan that was prepared last.
     pub(crate) fn table(&self) -> &TensorTable {
         &self.table
