@@ -1301,10 +1301,10 @@ def versions():
     }
 
 
-def file_text(cases):
+def file_text(cases, made_with):
     """One case per line, so that a change to one shows as one line."""
     lines = ",\n".join(json.dumps(c, separators=(",", ":")) for c in cases)
-    return f'{{"generator":{json.dumps(versions())},\n"cases":[\n{lines}\n]}}\n'
+    return f'{{"generator":{json.dumps(made_with)},\n"cases":[\n{lines}\n]}}\n'
 
 
 def readme_text(cases_of):
@@ -1315,7 +1315,8 @@ def readme_text(cases_of):
     parts = [
         "# Golden files",
         "Clipping cases with answers from PyTorch, optax and exact arithmetic. Written by `scripts/golden.py`, this\n"
-        "page included: change the script, not the files.",
+        "page included: change the script, not the files. `presets.json` is another script's, and [PRESETS.md](PRESETS.md)\n"
+        "is its page.",
         f"Made with {made_with}. To regenerate:",
         f"    {setup}\n    python scripts/golden.py            # --check: write nothing, fail if a file would change",
         file_table(cases_of),
@@ -1419,15 +1420,16 @@ def generate():
     cases_of = {name: list(make()) for name, (make, _) in FILES.items()}
     names = Counter(c["name"] for cases in cases_of.values() for c in cases)
     assert max(names.values()) == 1, f"not unique: {[n for n, k in names.items() if k > 1]}"
-    texts = {name: file_text(cases) for name, cases in cases_of.items()}
+    texts = {name: file_text(cases, versions()) for name, cases in cases_of.items()}
     texts["README.md"] = readme_text(cases_of)
     total = sum(len(t.encode()) for t in texts.values())
     assert total < SIZE_LIMIT, f"{total} bytes: too large to commit"
     return texts
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(description, generate):
+    """Writes the files that differ from what is there; with --check, says so instead."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file would change")
     check = parser.parse_args().check
     stale = []
@@ -1444,4 +1446,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, generate))

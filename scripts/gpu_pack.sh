@@ -16,8 +16,8 @@ pack=${1:?usage: scripts/gpu_pack.sh FOLDER [--candle] [--tch]}
 shift
 mkdir -p "$pack/golden"
 
-# Builds targets and packs them by name: `pack_built [NAME=OTHER]... -- cargo's arguments`. A name that is given another
-# one is that of a bench, which may be a test's too.
+# Builds targets and packs them by name: `pack_built [NAME=OTHER]... -- cargo's arguments`; OTHER where the name says too
+# little, or is that of a folder.
 pack_built() {
   python3 - "$pack" "$@" <<'PYTHON'
 import json, shutil, subprocess, sys
@@ -32,23 +32,24 @@ for line in built.stdout.splitlines():
         name = message["target"]["name"]
         path = f"{pack}/{names.get(name, name)}"
         shutil.copy(message["executable"], path)
-        subprocess.run(["strip", "--strip-debug", path], check=True)
+        subprocess.run(["strip", path], check=True)
 PYTHON
 }
 
 cpu_tests=(accuracy conversions exact fp_env golden hostile properties threads)
 tests=(on_gpu no_driver "${cpu_tests[@]}")
-pack_built gpu=gpu_bench cpu=cpu_bench gradclip=unit_tests -- cargo test --release --no-run --lib "${tests[@]/#/--test=}" --bench=gpu --bench=cpu
+pack_built gpu=gpu_bench cpu=cpu_bench golden=golden_tests gradclip=unit_tests -- \
+  cargo test --release --no-run --lib "${tests[@]/#/--test=}" --bench=gpu --bench=cpu
 pack_built -- cargo build --release --example cuda_graph
 pack_built -- cargo build --release --features candle --example exploding_rnn
 pack_built -- cargo build --release -p transformer_lm
-echo "unit_tests ${cpu_tests[*]}" > "$pack/CPU_TESTS"
+echo "unit_tests ${cpu_tests[*]/#golden/golden_tests}" > "$pack/CPU_TESTS"
 
 for option; do
   case $option in
     --candle)
       scripts/candle_cuda.py gpu-test "$pack/candle_on_gpu"
-      strip --strip-debug "$pack/candle_on_gpu"
+      strip "$pack/candle_on_gpu"
       ;;
     --tch)
       torch=${TORCH:-2.11.0}
@@ -67,7 +68,7 @@ for option; do
   esac
 done
 
-cp tests/golden/*.json tests/golden/README.md "$pack/golden"
+cp tests/golden/*.json tests/golden/*.md "$pack/golden"
 cp benches/torch_gpu.py scripts/record_to_tables.py "$pack"
 cp scripts/gpu_run.sh "$pack/run.sh"
 git describe --always --dirty --abbrev=12 > "$pack/COMMIT"

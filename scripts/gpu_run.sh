@@ -73,12 +73,13 @@ print(":".join([f"{home}/lib", *sorted(glob.glob(f"{os.path.dirname(home)}/nvidi
 PYTHON
 )
 torch=$(python3 -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null)
-with_libraries=(env "LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
+libraries=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 if [ -e "$here/candle_on_gpu" ]; then
-  check 60 "$record/tests.txt" "${with_libraries[@]}" "$here/candle_on_gpu" --test-threads 1
+  LD_LIBRARY_PATH=$libraries check 60 "$record/tests.txt" "$here/candle_on_gpu" --test-threads 1
 fi
 if [ -e "$here/tch_tests" ] && [ "$torch" = "$(cat "$here/TORCH")" ]; then
-  check 60 "$record/tests.txt" "${with_libraries[@]}" "$here/tch_tests" --test-threads 1
+  LD_LIBRARY_PATH=$libraries check 60 "$record/tests.txt" "$here/tch_tests" --test-threads 1
+  LD_LIBRARY_PATH=$libraries check 30 "$record/examples.txt" "$here/tch_cartpole" --quick
 elif [ -e "$here/tch_tests" ]; then
   note "SKIPPED: the tests of tch are for PyTorch $(cat "$here/TORCH"), here is ${torch:-none}"
 fi

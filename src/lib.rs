@@ -17,7 +17,16 @@
 //!
 //! # Back ends
 //!
-//! The verbs are the same in each: `total_norm`, `clip_grad_norm`, `clip_grad_value`.
+//! The verbs are the same in each:
+//!
+//! | verb | what |
+//! |---|---|
+//! | `clip_grad_norm` | measures the norm, and scales where it exceeds the threshold; removes a [loss scale](ClipNorm::loss_scale) |
+//! | `clip_grad_value` | limits each element |
+//! | `total_norm` | only measures |
+//! | `clip_with_norm` | only scales, by a norm that the caller has |
+//! | `clip_coef` | measures, and gives the factor to an optimizer that multiplies by it; writes nothing |
+//! | `norms_by`, `clip_grad_norm_by` | the first two where not all gradients share one norm ([`Scope`]): of each tensor, group or row |
 //!
 //! | module | gradients in | result |
 //! |---|---|---|
@@ -44,7 +53,7 @@
 //!
 //! `N` is the norm over all gradients before clipping; the report gives it back. If `N + eps > max_norm`, every element
 //! becomes `x * max_norm / (N + eps)`. Otherwise nothing is written. `eps` is 0, so the clipped norm equals `max_norm`;
-//! [`ClipNorm::torch_compatible`] makes it PyTorch's 1e-6.
+//! [`ClipNorm::torch_compatible`] makes it PyTorch's 1e-6, and [`compat`] has presets for the clipping of other libraries.
 //!
 //! ```
 //! use gradclip::{cpu, ClipNorm, Error};
@@ -72,6 +81,8 @@
 //! ```
 //!
 //! * `max_norm` 0 makes every gradient 0; infinity only measures.
+//! * With a [loss scale](ClipNorm::loss_scale) `S`, `N` is the measured norm over `S`, every element becomes
+//!   `x * clip_coef / S`, and [`found_inf`](NormReport::found_inf) says that the scaled gradients overflowed.
 //! * [`NonFinite`] says what happens when the norm is NaN or infinite: `Skip`, `Zero`, `Propagate`, `Error`.
 //! * Out of place ([`cpu::clip_grad_norm_into`]) each output is `x * clip_coef` rounded once to its own type, and is
 //!   written also where nothing is clipped. Only a norm that is skipped, or an error, leaves the outputs as they were.
@@ -90,7 +101,7 @@
 //! and gradients in every run and on every back end. f32 sums carry their rounding errors along; f64 takes over after
 //! at most 64 elements of f16 or bf16; values out of the safe range are added up again in f64. The norm of normally
 //! distributed gradients is promised within 1e-9 for f32 and f64, and within 5e-8 for f16 and bf16; any norm within
-//! 2e-6. Each clipped element is within one unit in the last place of `x * clip_coef`.
+//! 2e-6. Each clipped element is within one unit in the last place of `x * clip_coef`, over the loss scale if there is one.
 //!
 //! The tests compare the kernels, compiled for the host, with the CPU path bit for bit. No GPU has run them yet. The
 //! order and the error bounds are in `docs/numerics.md` of the repository.
@@ -114,6 +125,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapters;
+pub mod compat;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]

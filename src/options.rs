@@ -24,9 +24,9 @@ pub enum NonFinite {
     /// Leave every gradient as it is; the report says so, and which tensor was first.
     #[default]
     Skip,
-    /// Set every gradient to zero (unless `max_norm` is infinite, which only measures), so that the optimizer step can go on without anybody waiting for the report.
+    /// Set every gradient to zero (unless `max_norm` is infinite and there is no loss scale, which only measures), so that the optimizer step can go on without anybody waiting for the report.
     Zero,
-    /// Multiply by `max_norm / norm` all the same, as PyTorch does (unless `max_norm` is infinite, which only measures): a NaN anywhere makes every gradient NaN; an Inf
+    /// Multiply by `max_norm / norm` all the same, as PyTorch does (unless `max_norm` is infinite, which only measures or removes a loss scale): a NaN anywhere makes every gradient NaN; an Inf
     /// makes finite elements 0 and infinite ones NaN.
     Propagate,
     /// Leave every gradient as it is, wait for the result, and return [`Error::NonFinite`].
@@ -111,7 +111,8 @@ impl ClipNorm {
     }
 
     /// `min(max_norm / (total_norm + 1e-6), 1)`, the formula of PyTorch: eps is 1e-6, so a norm within 1e-6 below
-    /// `max_norm` is scaled too. What happens to NaN and Inf stays [`nonfinite`](Self::nonfinite)'s to say.
+    /// `max_norm` is scaled too. What happens to NaN and Inf stays [`nonfinite`](Self::nonfinite)'s to say;
+    /// [`compat::torch::clip_grad_norm`](crate::compat::torch::clip_grad_norm) has PyTorch's answer to them besides.
     #[must_use]
     pub const fn torch_compatible(self) -> Self {
         self.eps(Self::TORCH_EPS)
@@ -126,7 +127,8 @@ impl ClipNorm {
     /// ```
     ///
     /// Every gradient is multiplied by `multiplier`, once, also where nothing is clipped, unless it is 1: a loss scale of
-    /// 1 is the same as none. An infinite `max_norm` only removes the scale. A norm that is not finite is an overflow:
+    /// 1 is the same as none. An infinite `max_norm` only removes the scale. (With a scale of 1 it only measures, whatever the
+    /// policy; `f64::MAX` clips as little, and keeps the policy.) A norm that is not finite is an overflow:
     /// [`NonFinite`] says what becomes of the gradients ([`Skip`](NonFinite::Skip) leaves the scale in them), and
     /// [`found_inf`](crate::NormReport::found_inf) is true, on a GPU without a wait
     #[cfg_attr(feature = "cuda", doc = "([`found_inf_address`](crate::cuda::Pending::found_inf_address)).")]

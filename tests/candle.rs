@@ -76,6 +76,33 @@ fn a_training_step() {
     assert_eq!((report.clipped, values(&grads, &bias)), (1, vec![1.75]));
 }
 
+/// Split, with a loss scale, and handed on: as on slices.
+#[test]
+fn a_given_norm_a_loss_scale_and_the_coefficient_alone() {
+    use gradclip::candle::{clip_coef, clip_with_norm, total_norm};
+    let (weight, bias, view) = (var(&[0.0]), var(&[0.0]), var(&[0.0]));
+    let vars = [weight.clone(), bias.clone(), view.clone()];
+    let transposed = tensor(&[0.0, 0.0, 0.0, 0.0]).reshape((2, 2)).unwrap().t().unwrap();
+    let mut grads = store(&vars, &[tensor(&[3.0]), tensor(&[4.0]), transposed]);
+    let norm = total_norm(&vars, &grads, NormType::L2).unwrap();
+    let report = clip_with_norm(&[weight.clone()], &mut grads, &norm, 2.5).unwrap().wait().unwrap();
+    assert_eq!((report.total_norm, report.clip_coef, report.written), (5.0, 0.5, true));
+    let report = clip_with_norm(&[bias.clone(), view], &mut grads, 8.0, 4.0).unwrap().wait().unwrap();
+    assert_eq!((report.total_norm, report.clip_coef), (8.0, 0.5));
+    assert_eq!((values(&grads, &weight), values(&grads, &bias)), (vec![1.5], vec![2.0]));
+    assert!(clip_with_norm(&vars, &mut grads, -1.0, 1.0).is_err());
+    // SAFETY: refused, as the gradients are on the CPU.
+    let on_a_gpu = unsafe { gradclip::TotalNorm::at(64) };
+    assert!(matches!(clip_with_norm(&vars, &mut grads, on_a_gpu, 1.0), Err(Error::ThresholdAddress { .. })));
+
+    let clip = ClipNorm::new(f64::INFINITY).loss_scale(0.5);
+    let report = clip_coef(&vars, &grads, clip).unwrap().wait().unwrap();
+    assert_eq!((report.total_norm, report.multiplier, report.written), (5.0, 2.0, false));
+    assert_eq!(values(&grads, &weight), [1.5]);
+    assert!(clip_grad_norm(&vars, &mut grads, clip).unwrap().written);
+    assert_eq!((values(&grads, &weight), values(&grads, &bias)), (vec![3.0], vec![4.0]));
+}
+
 #[test]
 fn every_dtype_and_mixtures() {
     let vars = [var(&[0.0]), var(&[0.0]), var(&[0.0]), var(&[0.0])];

@@ -26,13 +26,17 @@ const FILES: [&str; 7] = [
     "given_norm.json",
     "invalid_thresholds.json",
 ];
+const PRESETS: &str = "presets.json";
 const NOT_YET: [&str; 1] = ["other_orders.json"];
 
 fn run(case: &Case) -> Outcome {
     let mut grads = case.grads.clone();
     let answer = match case.op {
         Op::TotalNorm(norm_type) => cpu::total_norm(&grads, norm_type).map(Answer::Norm),
-        Op::ClipNorm { .. } => cpu::clip_grad_norm(&mut grads, case.clip_norm().unwrap()).map(Answer::Norm),
+        Op::ClipNorm { .. } => match case.scope() {
+            None => cpu::clip_grad_norm(&mut grads, case.clip_norm().unwrap()).map(Answer::Norm),
+            Some(scope) => cpu::clip_grad_norm_by(&mut grads, &scope, case.clip_norm().unwrap()).map(Answer::Norms),
+        },
         Op::ClipWithNorm { total_norm, .. } => {
             cpu::clip_with_norm(&mut grads, total_norm, case.clip_norm().unwrap()).map(Answer::Norm)
         }
@@ -76,6 +80,29 @@ fn invalid_thresholds() {
     check("invalid_thresholds.json", run);
 }
 
+#[test]
+fn presets_of_the_peers() {
+    check(PRESETS, run);
+}
+
+/// The page of the presets counts their cases, and each of [`gradclip::compat`] has some.
+#[test]
+fn no_preset_is_missed() {
+    let page = std::fs::read_to_string(folder().join("PRESETS.md")).unwrap();
+    let mut found: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    for golden in read(PRESETS) {
+        let (cases, differ) = found.entry(golden.case.preset.unwrap().name).or_default();
+        *cases += 1;
+        *differ += usize::from(golden.peer_differs.is_some());
+    }
+    assert_eq!(found.len(), 14);
+    for (name, counts) in found {
+        let row = page.lines().find(|line| line.starts_with(&format!("| `{name}` | clip_grad_"))).unwrap();
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        assert_eq!((cells[5].parse().unwrap(), cells[6].parse().unwrap()), counts, "{name}");
+    }
+}
+
 /// The README of the golden files counts its cases; all are read, and none is in a file that nobody reads.
 #[test]
 fn no_case_is_missed() {
@@ -97,7 +124,7 @@ fn no_case_is_missed() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .filter(|name| name.ends_with(".json"))
         .collect();
-    let mut known = [&FILES[..], &NOT_YET[..]].concat();
+    let mut known = [&FILES[..], &NOT_YET[..], &[PRESETS]].concat();
     files.sort();
     known.sort_unstable();
     assert_eq!(files, known);
@@ -142,11 +169,40 @@ mod a_wrong_back_end_is_noticed {
         }
     }
 
+    fn change_norms(change: impl Fn(&mut NormReport)) -> impl Fn(&Case, &mut Outcome) {
+        move |_, outcome| {
+            if let Ok(Answer::Norms(report)) = &mut outcome.answer {
+                report.groups.iter_mut().for_each(&change);
+            }
+        }
+    }
+
     fn change_value(change: impl Fn(&mut ValueReport)) -> impl Fn(&Case, &mut Outcome) {
         move |_, outcome| {
             if let Ok(Answer::Value(report)) = &mut outcome.answer {
                 change(report);
             }
+        }
+    }
+
+    /// Another preset in place of that of the case.
+    #[test]
+    fn presets() {
+        let goldens = read(PRESETS);
+        for (from, to) in [
+            ("keras::clipnorm", "burn::norm"),
+            ("keras::global_clipnorm", "tensorflow::clip_by_global_norm"),
+            ("torch::clip_grad_norm", "optax::clip_by_global_norm"),
+            ("megatron::clip_grad", "torch::clip_grad_norm"),
+        ] {
+            let other = |case: &Case| {
+                let mut case = case.clone();
+                if let Some(preset) = case.preset.as_mut().filter(|preset| preset.name == from) {
+                    preset.name = to.into();
+                }
+                run(&case)
+            };
+            assert!(!wrong_cases(&goldens, other).is_empty(), "{from} as {to}");
         }
     }
 
@@ -166,6 +222,9 @@ mod a_wrong_back_end_is_noticed {
         assert!(noticed("edges.json", change_norm(|report| report.clip_coef *= 1.0 + 1e-15)));
         assert!(noticed("edges.json", change_norm(|report| report.written = false)));
         assert!(noticed("edges.json", change_norm(|report| report.first_nonfinite = None)));
+        assert!(noticed(PRESETS, change_norms(|report| report.total_norm *= 1.0 + 1e-11)));
+        assert!(noticed(PRESETS, change_norms(|report| report.clip_coef *= 1.0 + 1e-15)));
+        assert!(noticed(PRESETS, change_norms(|report| report.first_nonfinite = None)));
         assert!(noticed("loss_scale.json", change_norm(|report| report.multiplier = report.clip_coef)));
         assert!(noticed("loss_scale.json", change_norm(|report| report.found_inf = !report.found_inf)));
         assert!(noticed("loss_scale.json", change_norm(|report| report.total_norm *= 2.0)));
@@ -179,6 +238,8 @@ mod a_wrong_back_end_is_noticed {
     #[test]
     fn gradients() {
         assert!(noticed("published.json", move_elements(2)));
+        assert!(noticed(PRESETS, move_elements(2)));
+        assert!(noticed(PRESETS, |case, outcome| outcome.grads.clone_from(&case.grads)));
         assert!(noticed("loss_scale.json", move_elements(2)));
         assert!(noticed("given_norm.json", move_elements(2)));
         assert!(noticed("value.json", move_elements(1)));
@@ -206,7 +267,7 @@ mod a_wrong_back_end_is_noticed {
 #[test]
 fn summary() {
     let mut counts = Counts::default();
-    FILES.into_iter().flat_map(read).for_each(|golden| counts.add(&golden));
+    FILES.into_iter().chain([PRESETS]).flat_map(read).for_each(|golden| counts.add(&golden));
     println!("golden cases\n{counts}");
     assert!(counts.cases.values().sum::<usize>() > 1000);
 }

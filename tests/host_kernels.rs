@@ -236,15 +236,21 @@ fn lists_of_rows() -> Vec<Vec<(Tensor, usize)>> {
             .enumerate()
             .map(|(i, (rows, numel))| (source.tensor(dtype, rows * numel, i % 4), rows))
             .collect();
-        for (one, special) in [(0, f64::NAN), (3, f64::INFINITY), (4, 0.0), (6, 1e-30)] {
+        // Behind the first row, segment and lane; a row of nothing but zeros, and one out of range.
+        let tiny = if dtype == Dtype::F64 { 1e-200 } else { 1e-30 };
+        for (one, special) in [(0, f64::NAN), (3, f64::INFINITY), (4, f64::NAN), (2, 0.0), (6, tiny)] {
             let mut values = list[one].0.values.values();
-            let place = values.len() - 2;
+            let place = values.len() * 7 / 10;
             values[place] = special;
-            values[1] = special;
+            if special.is_finite() {
+                values.fill(special);
+                values[0] = special / 2.0;
+            }
             list[one].0.values = Values::from_f64(dtype, values);
         }
         lists.push(list);
         lists.push(vec![(source.tensor(dtype, 900, 1), 300), (source.tensor(DTYPES[1], 40, 0), 40)]);
+        lists.push(vec![(source.tensor(dtype, 400, 0), 200)]);
     }
     lists
 }

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use gradclip::cpu::{self, AsGrad, AsGradMut, Grad, GradMut};
-use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormType, Scope};
+use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormReport, NormType, Scope};
 use half::{bf16, f16};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -79,6 +79,76 @@ fn thresholds_all_combinations_never_panic_and_bad_ones_touch_nothing() {
                 }
             }
         }
+    }
+}
+
+/// Loss scales and given norms, odd ones in every combination: refused with nothing touched, or a report that keeps to
+/// the formula.
+#[test]
+fn loss_scales_and_given_norms_all_combinations() {
+    let odd = [
+        f64::NAN,
+        -f64::NAN,
+        0.0,
+        -0.0,
+        -1.0,
+        1.0,
+        3.0,
+        65536.0,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::MIN_POSITIVE,
+        5e-324,
+        f64::MAX,
+        1e-300,
+        1e300,
+    ];
+    let lists: [&[f32]; 5] =
+        [&[], &[0.0, -0.0], &[3.0, 4.0], &[f32::MAX, f32::MIN_POSITIVE, 1e-45], &[f32::NAN, f32::INFINITY, -1.0]];
+    let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    for list in lists {
+        for loss_scale in odd {
+            for max_norm in odd {
+                for policy in POLICIES {
+                    let clip = ClipNorm::new(max_norm).loss_scale(loss_scale).nonfinite(policy);
+                    let bad = max_norm.is_nan() || max_norm < 0.0 || !loss_scale.is_normal() || loss_scale < 0.0;
+                    let mut grads = [list.to_vec()];
+                    let handed = cpu::clip_coef(&grads, clip);
+                    let clipped = cpu::clip_grad_norm(&mut grads, clip);
+                    // But for what was written, the same; NaN, too.
+                    let without_written =
+                        |result: &Result<_, _>| format!("{result:?}").replace("written: true", "written: false");
+                    assert_eq!(without_written(&clipped), format!("{handed:?}"), "{clip:?}");
+                    judge(&clip, bad, max_norm, loss_scale, clipped, bits(&grads[0]) == bits(list));
+                    for total_norm in odd {
+                        let mut grads = [list.to_vec()];
+                        let given = cpu::clip_with_norm(&mut grads, total_norm, clip);
+                        let untouched = bits(&grads[0]) == bits(list);
+                        judge(&clip, bad || total_norm < 0.0, max_norm, loss_scale, given, untouched);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn judge(clip: &ClipNorm, bad: bool, max_norm: f64, scale: f64, result: Result<NormReport, Error>, untouched: bool) {
+    let report = match result {
+        Err(error) => {
+            assert!(untouched, "{clip:?}");
+            assert_eq!(matches!(error, Error::InvalidThreshold { .. }), bad, "{clip:?}: {error}");
+            return;
+        }
+        Ok(report) => report,
+    };
+    assert!(!bad, "{clip:?}");
+    assert_eq!(report.found_inf, !report.total_norm.is_finite(), "{clip:?}");
+    assert_eq!(report.written, report.multiplier != 1.0, "{clip:?} {report:?}");
+    assert!(report.written || untouched, "{clip:?} {report:?}");
+    if !report.found_inf {
+        assert!((0.0..=1.0).contains(&report.clip_coef), "{clip:?} {report:?}");
+        assert_eq!(report.multiplier, report.clip_coef / scale, "{clip:?} {report:?}");
+        assert_eq!(report.clip_coef < 1.0, report.total_norm > max_norm, "{clip:?} {report:?}");
     }
 }
 
@@ -628,7 +698,7 @@ fn many_tensors_groups_and_rows() {
         assert!(report.groups.iter().all(|group| group.written == (group.total_norm > 0.0)));
         assert_eq!(report.tensors[count - 1].max_abs, if (count - 1) % 3 == 0 { 0.0 } else { 1.0 });
         grads[count - 2] = vec![f32::NAN; (count - 2) % 3];
-        assert_eq!(report.of_tensor(count - 2).is_some(), true);
+        assert!(report.of_tensor(count - 2).is_some());
         let report = cpu::norms_by(&grads, &scope, NormType::L2).unwrap();
         let bad: Vec<_> = report.groups.iter().filter_map(|group| group.first_nonfinite).collect();
         assert!(bad.iter().all(|&tensor| tensor == count - 2) && !bad.is_empty(), "{bad:?}");

@@ -320,6 +320,24 @@ fn every_kind_and_mixtures() {
     assert!(params.iter().all(|param| grad(param) == [0.5, -0.5]));
 }
 
+/// Split, with a loss scale, and handed on: as on slices. A view with a gap too.
+#[test]
+fn a_given_norm_a_loss_scale_and_the_coefficient_alone() {
+    use gradclip::tch::{clip_coef, clip_with_norm, total_norm};
+    let gap = tensor(&[4.0, 9.0, 0.0, 9.0]).view([2, 2]).narrow(1, 0, 1);
+    let list = [param(&tensor(&[3.0])), param(&gap)];
+    let norm = total_norm(&list, NormType::L2).unwrap();
+    assert!(clip_with_norm(&list, &norm, 2.5).unwrap().wait().unwrap().written);
+    assert_eq!(all_grads(&list), [vec![1.5], vec![2.0, 0.0]]);
+    assert!(clip_with_norm(&list, -1.0, 1.0).is_err());
+    let clip = ClipNorm::new(f64::INFINITY).loss_scale(0.5);
+    let report = clip_coef(&list, clip).unwrap().wait().unwrap();
+    assert_eq!((report.total_norm, report.multiplier, report.written), (5.0, 2.0, false));
+    assert_eq!(all_grads(&list), [vec![1.5], vec![2.0, 0.0]]);
+    assert!(clip_grad_norm(&list, clip).unwrap().written);
+    assert_eq!(all_grads(&list), [vec![3.0], vec![4.0, 0.0]]);
+}
+
 #[test]
 fn only_those_with_a_gradient_frozen_or_not() {
     let (with, without, other) = (param(&tensor(&[3.0])), without_gradient(), param(&tensor(&[400.0])));

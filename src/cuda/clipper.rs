@@ -197,7 +197,7 @@ impl Clipper {
     ///
     /// # Errors
     /// As [`clip_grad_norm`](Self::clip_grad_norm); a norm that is negative. [`Error::NormOutOfReach`] for the report of
-    /// another clipper, and during capture for one from outside of it; [`Error::ReportExpired`].
+    /// another clipper, and during capture for that of a call that was not captured; [`Error::ReportExpired`].
     ///
     /// ```no_run
     /// use gradclip::{cuda::{self, Clipper}, NormType};

@@ -56,13 +56,13 @@ impl Launcher<'_> {
 
     /// Applies the report to the gradients, which `clip_coef` has looked at.
     pub(crate) fn scale(&self, report: u64) -> Result<()> {
-        // SAFETY: the kernel is one of those below.
+        // SAFETY: `apply` takes this kernel.
         unsafe { self.apply("scale", self.kernels.scale, report) }
     }
 
     /// Applies the report to gradients that may hold NaN or Inf.
     pub(crate) fn scale_any(&self, report: u64) -> Result<()> {
-        // SAFETY: the kernel is one of those below.
+        // SAFETY: as above.
         unsafe { self.apply("scale_any", self.kernels.scale_any, report) }
     }
 

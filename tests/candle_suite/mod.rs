@@ -4,7 +4,9 @@
 use crate::backend::with_device;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use gradclip::candle::{clip_grad_norm, clip_grad_norm_by, clip_grad_value, norms_by, total_norm};
+use gradclip::candle::{
+    clip_coef, clip_grad_norm, clip_grad_norm_by, clip_grad_value, clip_with_norm, norms_by, total_norm,
+};
 use gradclip::{ClipNorm, Error, NonFinite, NormType, Scope};
 
 pub fn var() -> Var {
@@ -69,6 +71,24 @@ fn cuda_and_cpu_tensors_give_the_same_bits() {
                 assert_eq!(values(&on_cpu, var), values(&on_cuda, var), "{dtype:?}");
             }
         }
+    });
+}
+
+/// The norm of a call stays on the device for the next; a loss scale; the factor by its address.
+#[test]
+fn a_given_norm_and_the_coefficient_alone() {
+    with_device(|device| {
+        let vars = [var(), var()];
+        let mut grads = store(&vars, &[tensor(&[3.0], DType::F32, device), tensor(&[4.0], DType::F16, device)]);
+        let norm = total_norm(&vars, &grads, NormType::L2).unwrap();
+        let clipped = clip_with_norm(&vars[..1], &mut grads, &norm, 2.5).unwrap().wait().unwrap();
+        assert_eq!((clipped.total_norm, clipped.clip_coef), (5.0, 0.5));
+        assert_eq!((values(&grads, &vars[0]), values(&grads, &vars[1])), (vec![1.5], vec![4.0]));
+        let handed = clip_coef(&vars[1..], &grads, ClipNorm::new(0.5).loss_scale(2.0)).unwrap();
+        assert_ne!(handed.pending().unwrap().multiplier_address(), 0);
+        let report = handed.wait().unwrap();
+        assert_eq!((report.total_norm, report.multiplier, report.written), (2.0, 0.125, false));
+        assert_eq!(values(&grads, &vars[1]), [4.0]);
     });
 }
 

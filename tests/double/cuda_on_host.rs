@@ -72,6 +72,7 @@ fn tensors(dtype: Dtype) -> Vec<Tensor> {
         .map(|(numel, misaligned_elements)| Tensor {
             dtype,
             misalign: (misaligned_elements * dtype.size()) as u32,
+            rows: 1,
             data: (0..numel).flat_map(element).collect(),
         })
         .to_vec()

@@ -3,7 +3,7 @@
 use super::data::{Tensor, Values};
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 use gradclip::cuda::{Clipper, DeviceGradMut};
-use gradclip::{ClipNorm, ClipValue, NormReport, NormType, Result, TotalNorm, ValueReport};
+use gradclip::{ClipNorm, ClipValue, NormReport, NormType, Result, Scope, ScopedReport, TotalNorm, ValueReport};
 use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
@@ -122,6 +122,19 @@ impl OnDevice {
 pub fn clip_grad_norm(clipper: &mut Clipper, list: &mut [Tensor], clip: ClipNorm) -> Result<NormReport> {
     let mut device = OnDevice::upload(clipper.stream(), list);
     let report = device.with(list, |grads| clipper.clip_grad_norm(grads, clip)).and_then(|pending| pending.wait());
+    device.download(list);
+    report
+}
+
+pub fn clip_grad_norm_by(
+    clipper: &mut Clipper,
+    list: &mut [Tensor],
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+) -> Result<ScopedReport> {
+    let mut device = OnDevice::upload(clipper.stream(), list);
+    let report =
+        device.with(list, |grads| clipper.clip_grad_norm_by(grads, scope, clip)).and_then(|pending| pending.wait());
     device.download(list);
     report
 }

@@ -11,7 +11,10 @@ fn run(clipper: &mut Clipper, case: &Case) -> Outcome {
     let mut list: Vec<Tensor> = case.grads.iter().map(|values| Tensor { values: values.clone(), offset: 0 }).collect();
     let answer = match case.op {
         Op::TotalNorm(norm_type) => device::total_norm(clipper, &list, norm_type).map(Answer::Norm),
-        Op::ClipNorm { .. } => device::clip_grad_norm(clipper, &mut list, case.clip_norm().unwrap()).map(Answer::Norm),
+        Op::ClipNorm { .. } => match (case.scope(), case.clip_norm().unwrap()) {
+            (None, clip) => device::clip_grad_norm(clipper, &mut list, clip).map(Answer::Norm),
+            (Some(scope), clip) => device::clip_grad_norm_by(clipper, &mut list, &scope, clip).map(Answer::Norms),
+        },
         Op::ClipWithNorm { total_norm, .. } => {
             let clip = case.clip_norm().unwrap();
             device::clip_with_norm(clipper, &mut list, total_norm, clip).map(Answer::Norm)
@@ -63,4 +66,9 @@ fn given_norms() {
 #[test]
 fn invalid_thresholds() {
     check_on_device("invalid_thresholds.json");
+}
+
+#[test]
+fn presets_of_the_peers() {
+    check_on_device("presets.json");
 }

@@ -275,15 +275,17 @@ fn loss_scales_agree_with_the_cpu() {
         let mut source = Source::new(8);
         let scales = [1.0, 65536.0, 3.0, 0.3, 1e-7, 2f64.powi(-60), 2f64.powi(-61), 1e-200, 1e18, 2f64.powi(61), 1e200];
         for dtype in DTYPES {
-            let good = vec![source.tensor(dtype, 9000, 1), tensor(dtype, &[]), tensor(Dtype::F16, &[-0.0, 6e-8])];
+            let good = vec![source.tensor(dtype, 700, 1), tensor(dtype, &[]), tensor(Dtype::F16, &[-0.0, 6e-8])];
             for special in [0.0, f64::NAN, f64::NEG_INFINITY] {
                 let mut list = good.clone();
                 list.push(tensor(dtype, &[1.0, special, 2.0]));
                 let norm = cpu::total_norm(&list, NormType::L2).unwrap().total_norm;
                 let norm = if norm.is_finite() { norm } else { 1.0 };
+                let policies = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate];
+                let policies = if special == 0.0 { &policies[..1] } else { &policies };
                 for scale in scales.into_iter().chain([f64::MIN_POSITIVE, f64::MAX]) {
                     for max_norm in [norm / scale / 3.0, norm / scale * 3.0, 0.0, f64::INFINITY] {
-                        for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
+                        for &policy in policies {
                             let clip = ClipNorm::new(max_norm).loss_scale(scale).nonfinite(policy);
                             let what = format!("{dtype}, {special}: {clip:?}");
                             let mut written = assert_norm_parity(clipper, &list, clip, &what);
@@ -292,9 +294,6 @@ fn loss_scales_agree_with_the_cpu() {
                             assert_eq!(report_bits(&got), report_bits(&expected), "{what}");
                             written.written = false;
                             assert_eq!(report_bits(&got), report_bits(&written), "{what}");
-                            if special != 0.0 && policy != NonFinite::Skip {
-                                continue; // a given norm knows nothing of the list's own
-                            }
                             assert_given_parity(clipper, &list, norm, clip, &what);
                         }
                     }
@@ -318,8 +317,9 @@ fn all_bit_patterns_by_a_given_norm() {
         for values in lists {
             let list = [Tensor { values, offset: 1 }];
             for total_norm in [0.5, 1.0, 3.0, 1e5, 2f64.powi(60), 2f64.powi(61), 1e300, f64::INFINITY, f64::NAN] {
-                for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
-                    for (max_norm, scale) in [(1.0, 1.0), (0.0, 1.0), (1.0, 1e-3), (f64::INFINITY, 1e30)] {
+                let policies = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate];
+                for &policy in if total_norm.is_finite() { &policies[..1] } else { &policies } {
+                    for (max_norm, scale) in [(1.0, 1.0), (0.0, 1.0), (1.0, 1e-3)] {
                         let clip = ClipNorm::new(max_norm).loss_scale(scale).nonfinite(policy);
                         assert_given_parity(clipper, &list, total_norm, clip, &format!("{total_norm}: {clip:?}"));
                     }

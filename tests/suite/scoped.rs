@@ -1,22 +1,12 @@
 //! Norms of each tensor, group and row: the device against the CPU path, and both against lists of their own.
 
 use super::data::{bits, tensor, Source, Tensor, Values, DTYPES};
-use super::device::OnDevice;
+use super::device::{clip_grad_norm_by as on_device, OnDevice};
 use crate::backend::{with_clipper, LARGE};
 use gradclip::cuda::Clipper;
-use gradclip::{
-    cpu, ClipNorm, Dtype, Error, NonFinite, NormReport, NormType, Result, Scope, ScopedReport, TensorStats,
-};
+use gradclip::{cpu, ClipNorm, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, TensorStats};
 
 const NORM_TYPES: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
-
-fn on_device(clipper: &mut Clipper, list: &mut [Tensor], scope: &Scope<'_>, clip: ClipNorm) -> Result<ScopedReport> {
-    let mut device = OnDevice::upload(clipper.stream(), list);
-    let report =
-        device.with(list, |grads| clipper.clip_grad_norm_by(grads, scope, clip)).and_then(|pending| pending.wait());
-    device.download(list);
-    report
-}
 
 fn group_bits(report: &NormReport) -> (u64, u64, u64, bool, Option<usize>) {
     let numbers = [report.total_norm, report.clip_coef, report.multiplier].map(f64::to_bits);

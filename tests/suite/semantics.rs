@@ -265,9 +265,10 @@ fn a_given_norm() {
             assert_eq!((report.written, report.found_inf, report.first_nonfinite), (true, false, None));
             assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [1.5, 2.0]);
         }
-        // SAFETY: refused before anything is read.
         for address in [0, value.device_ptr(&stream).0 + 4] {
-            let error = clipper.clip_with_norm(&mut grads, unsafe { TotalNorm::at(address) }, 1.0).unwrap_err();
+            // SAFETY: refused before anything is read.
+            let nowhere = unsafe { TotalNorm::at(address) };
+            let error = clipper.clip_with_norm(&mut grads, nowhere, 1.0).unwrap_err();
             assert!(matches!(error, Error::ThresholdAddress { name: "total_norm", .. }), "{error}");
         }
         assert_eq!(stream.clone_dtoh(&grads[0]).unwrap(), [1.5, 2.0]);

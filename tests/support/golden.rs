@@ -7,12 +7,14 @@
 #[path = "golden/read.rs"]
 mod read;
 
+pub use presets::Preset;
+
 pub use read::{folder, read};
 
 use super::format::{nearest, product, within_one_unit, Format};
 use super::tensor::{bits_of, first_nonfinite, Tensor};
 use super::tolerance;
-use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, ValueReport};
+use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, ValueReport};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -22,6 +24,8 @@ pub struct Case {
     pub name: String,
     pub op: Op,
     pub grads: Vec<Tensor>,
+    /// Where the options come from, instead of `op`.
+    pub preset: Option<Preset>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,15 +58,27 @@ pub struct Outcome {
     pub grads: Vec<Tensor>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Answer {
     Norm(NormReport),
     Value(ValueReport),
+    /// Of a preset that clips each tensor.
+    Norms(ScopedReport),
 }
 
 impl Case {
-    /// The options of `clip_grad_norm` or `clip_with_norm`.
+    /// The options of `clip_grad_norm` or `clip_with_norm`: those of the preset, if there is one.
     pub fn clip_norm(&self) -> Option<ClipNorm> {
+        let Some(preset) = &self.preset else { return self.plain_clip_norm() };
+        preset.clip_norm().map(|clip| clip.loss_scale(self.loss_scale()))
+    }
+
+    /// The scope of `clip_grad_norm_by`, where each tensor is clipped by itself.
+    pub fn scope(&self) -> Option<Scope<'static>> {
+        self.preset.as_ref().filter(|preset| preset.per_tensor).map(|_| Scope::per_tensor())
+    }
+
+    fn plain_clip_norm(&self) -> Option<ClipNorm> {
         match self.op {
             Op::ClipNorm { max_norm, norm_type, eps, loss_scale, nonfinite } => {
                 let clip = ClipNorm::new(max_norm).norm_type(norm_type).loss_scale(loss_scale).nonfinite(nonfinite);
@@ -98,8 +114,13 @@ impl Case {
         }
     }
 
-    /// The options of `clip_grad_value`: from one value where the bounds are symmetric, as its callers have it.
+    /// The options of `clip_grad_value`: those of the preset, if there is one.
     pub fn clip_value(&self) -> Option<ClipValue> {
+        self.preset.as_ref().map_or_else(|| self.plain_clip_value(), Preset::clip_value)
+    }
+
+    /// From one value where the bounds are symmetric, as its callers have it.
+    fn plain_clip_value(&self) -> Option<ClipValue> {
         match self.op {
             Op::ClipValue { lo, hi } if lo == -hi || hi.is_nan() => Some(ClipValue::new(hi)),
             Op::ClipValue { lo, hi } => Some(ClipValue::between(lo, hi)),
@@ -184,8 +205,15 @@ macro_rules! require {
     }};
 }
 
+// Here, as it uses the macro.
+#[path = "golden/presets.rs"]
+mod presets;
+
 fn judge(golden: &Golden, run: &impl Fn(&Case) -> Outcome) -> Verdict {
     let outcome = || run(&golden.case);
+    if golden.case.preset.is_some() && matches!(golden.case.op, Op::ClipNorm { max_norm, .. } if max_norm >= 0.0) {
+        return presets::judge(golden, &outcome());
+    }
     match golden.case.op {
         Op::TotalNorm(_) => judge_total_norm(golden, &outcome()),
         Op::ClipNorm { max_norm, .. } if max_norm < 0.0 || max_norm.is_nan() => judge_refused(

@@ -184,7 +184,7 @@ pub fn clip_with_norm<'a, T: Borrow<Tensor>>(
 ) -> Result<Deferred<NormReport>> {
     let (total_norm, clip) = (total_norm.into(), clip.into());
     clip.validate()?;
-    let list = GradList::gather(params)?;
+    let list = GradList::gather(params, Order::Any)?;
     match list.home() {
         Home::Cpu => on_cpu::clip_with_norm(list, total_norm, &clip),
         #[cfg(feature = "cuda")]
@@ -201,7 +201,7 @@ pub fn clip_with_norm<'a, T: Borrow<Tensor>>(
 pub fn clip_coef<T: Borrow<Tensor>>(params: &[T], clip: impl Into<ClipNorm>) -> Result<Deferred<NormReport>> {
     let clip = clip.into();
     clip.validate()?;
-    let list = GradList::gather(params)?;
+    let list = GradList::gather(params, Order::Any)?;
     match list.home() {
         Home::Cpu => on_cpu::clip_coef(list, &clip),
         #[cfg(feature = "cuda")]

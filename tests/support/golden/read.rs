@@ -1,7 +1,7 @@
 //! Reading the golden files.
 
 use super::super::tensor::Tensor;
-use super::{Case, Golden, Op};
+use super::{Case, Golden, Op, Preset};
 use gradclip::{Dtype, NonFinite, NormType};
 use std::path::{Path, PathBuf};
 
@@ -32,6 +32,11 @@ struct Entry {
     peer_grads: Option<Vec<String>>,
     exact_grads: Option<Vec<String>>,
     peer_differs: Option<String>,
+    preset: Option<String>,
+    arguments: Option<Vec<String>>,
+    nonfinite: Option<String>,
+    scope: Option<String>,
+    exact_norms: Option<Vec<String>>,
     loss_scale: Option<String>,
     peer_found_inf: Option<bool>,
     total_norm: Option<String>,
@@ -62,7 +67,11 @@ impl Entry {
                 norm_type: self.norm_type(),
                 eps: required(&self.eps),
                 loss_scale: self.loss_scale.as_deref().map_or(1.0, number),
-                nonfinite: NonFinite::Skip,
+                nonfinite: match self.nonfinite.as_deref() {
+                    None | Some("skip") => NonFinite::Skip,
+                    Some("propagate") => NonFinite::Propagate,
+                    Some(other) => panic!("{}: unknown policy {other}", self.name),
+                },
             },
             "clip_with_norm" => Op::ClipWithNorm {
                 total_norm: required(&self.total_norm),
@@ -89,6 +98,12 @@ impl Entry {
                 name: self.name.clone(),
                 op,
                 grads: self.grads.iter().map(|values| values.tensor(&values.bits)).collect(),
+                preset: self.preset.as_ref().map(|name| Preset {
+                    name: name.clone(),
+                    arguments: self.arguments.iter().flatten().map(|text| number(text)).collect(),
+                    per_tensor: self.scope.as_deref() == Some("tensor"),
+                    exact_norms: self.exact_norms.iter().flatten().map(|text| number(text)).collect(),
+                }),
             },
         }
     }
