@@ -56,6 +56,14 @@ struct TensorTable {
   TensorDesc inline_tensors[kInlineTensors];
 };
 
+// Where the elements of a gradient go, out of place. One for each tensor of the list, always in device memory: beside a
+// TensorTable the parameters have room for 13 of them.
+struct OutputDesc {
+  u64 address;  // of element 0, aligned to its dtype
+  u32 dtype;
+  u32 reserved;
+};
+
 struct ClipParams {
   double max_norm;
   const double* max_norm_at;  // if not null, where the threshold is instead: a captured graph can be given another one

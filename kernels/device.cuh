@@ -94,9 +94,39 @@ __device__ __forceinline__ Pack load_for_update(u64 address) {
                : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3]) : "l"(address) : "memory");
   return p;
 }
+// Guarded by a predicate inside: an `if` around a load becomes a branch, or keeps registers of an earlier round alive.
+// Zeroes where `active` is false. A half is 8 bytes, as the first half of a pack.
+#define GRADCLIP_GUARDED_LOAD(name, load)                                                                           \
+  __device__ __forceinline__ Pack name(u64 address, bool active) {                                                  \
+    Pack p;                                                                                                         \
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;" \
+                 "@p " load ".v4.u32 {%0,%1,%2,%3}, [%4];}"                                                         \
+                 : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3])                           \
+                 : "l"(address), "r"(static_cast<u32>(active)) : "memory");                                         \
+    return p;                                                                                                       \
+  }
+#define GRADCLIP_GUARDED_LOAD_HALF(name, load)                                          \
+  __device__ __forceinline__ Pack name(u64 address, bool active) {                      \
+    Pack p = {{0, 0, 0, 0}};                                                            \
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;"   \
+                 "@p " load ".v2.u32 {%0,%1}, [%2];}"                                   \
+                 : "=r"(p.word[0]), "=r"(p.word[1])                                   \
+                 : "l"(address), "r"(static_cast<u32>(active)) : "memory");             \
+    return p;                                                                           \
+  }
+// Stays before the stores that follow, so that a whole batch is in flight: past them the assembler moves a load that is
+// read-only (.nc).
+GRADCLIP_GUARDED_LOAD(load_before_stores, "ld.global.L1::no_allocate")
+GRADCLIP_GUARDED_LOAD_HALF(load_half_before_stores, "ld.global.L1::no_allocate")
+GRADCLIP_GUARDED_LOAD(load_shared_line, "ld.global")
+GRADCLIP_GUARDED_LOAD_HALF(load_half_shared_line, "ld.global")
+
 __device__ __forceinline__ void store(u64 address, const Pack& p) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
                : : "l"(address), "r"(p.word[0]), "r"(p.word[1]), "r"(p.word[2]), "r"(p.word[3]) : "memory");
+}
+__device__ __forceinline__ void store_half(u64 address, const Pack& p) {
+  asm volatile("st.global.v2.u32 [%0], {%1,%2};" : : "l"(address), "r"(p.word[0]), "r"(p.word[1]) : "memory");
 }
 template <class Bits>
 __device__ __forceinline__ Bits load_element(u64 address) {

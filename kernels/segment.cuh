@@ -3,6 +3,7 @@
 #pragma once
 
 #include "partial.cuh"
+#include "realign.cuh"
 #include "tensor_table.cuh"
 
 namespace gradclip {
@@ -26,26 +27,6 @@ struct TensorView {
     return pack;
   }
 };
-
-// The 16 bytes that start `shift` bytes into a | b. shift is even and the same for a whole tensor.
-__device__ __forceinline__ Pack realign(const Pack& a, const Pack& b, u32 shift) {
-  u32 w[8] = {a.word[0], a.word[1], a.word[2], a.word[3], b.word[0], b.word[1], b.word[2], b.word[3]};
-  if (shift & 8) {
-#pragma unroll
-    for (u32 i = 0; i < 6; ++i) w[i] = w[i + 2];
-  }
-  if (shift & 4) {
-#pragma unroll
-    for (u32 i = 0; i < 5; ++i) w[i] = w[i + 1];
-  }
-  const u32 bits = (shift & 3) * 8;
-  Pack out;
-#pragma unroll
-  for (u32 i = 0; i < 4; ++i) {
-    out.word[i] = static_cast<u32>((static_cast<u64>(w[i + 1]) << 32 | w[i]) >> bits);
-  }
-  return out;
-}
 
 // One pack at a time, each with its own guard: the ends of a tensor, and the rare second look.
 template <class T, class Rows>

@@ -41,7 +41,7 @@ WRONG_CODE = {
 SLOW_CODE = {r"\b(LDL|STL)\b": "uses local memory"}
 
 # The kernels that walk tensors, and whether they write them.
-WALKERS = {r"(norm|scoped)_partials_\w+": False, r"(scoped_)?scale(_any)?|clamp": True}
+WALKERS = {r"(norm|scoped)_partials_\w+": False, r"(scoped_)?scale(_any)?|scale_into|clamp": True}
 
 # A thread has 8 loads in flight before it uses the first, and stores what it has made of each: once in the code of each of
 # the 4 dtypes.
@@ -95,17 +95,19 @@ def run(command):
 
 
 def batches(instructions):
-    """How often BATCH loads past L1 (those of whole tensors) are in flight together, in one straight line of code."""
+    """How often BATCH loads past L1 (those of whole tensors) are in flight together, in one straight line of code; or as
+    many bytes in loads of 8."""
     count, pending, registers = 0, 0, set()
     for text in instructions:
-        load = re.match(r"(?:@!?U?P\d+ )?LDG\.E\.NA\.128\S* R(\d+), (.*)", text)
-        used = {int(r) for r in re.findall(r"\bR(\d+)\b", load.group(2) if load else text)}
+        load = re.match(r"(?:@!?U?P\d+ )?LDG\.E\.NA\.(64|128)\S* R(\d+), (.*)", text)
+        used = {int(r) for r in re.findall(r"\bR(\d+)\b", load.group(3) if load else text)}
         if used & registers or not text or re.match(r"(@!?U?P\d+ )?(BRA|BRX|EXIT)\b", text):
             pending, registers = 0, set()
         if load:
-            pending += 1
-            registers |= {int(load.group(1)) + i for i in range(4)}
-            count += pending == BATCH
+            size = int(load.group(1)) // 8
+            pending += size
+            registers |= {int(load.group(2)) + i for i in range(size // 4)}
+            count += pending == BATCH * 16
     return count
 
 

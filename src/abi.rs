@@ -74,6 +74,18 @@ pub struct TensorTable {
     pub inline_tensors: [TensorDesc; INLINE_TENSORS],
 }
 
+/// Where the elements of one gradient go, out of place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct OutputDesc {
+    /// Address of element 0.
+    pub address: u64,
+    /// A [`Dtype`](crate::Dtype).
+    pub dtype: u32,
+    /// Room.
+    pub reserved: u32,
+}
+
 /// Threshold and policy.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]

@@ -38,6 +38,11 @@ impl Verdict {
         (self.multiplier - f64::from(self.coef_hi())) as f32
     }
 
+    /// The same of a call that writes outputs.
+    pub(crate) fn out_of_place(self, total_norm: f64, nonfinite: NonFinite) -> Self {
+        Self { action: out_of_place(self.action, total_norm, nonfinite), ..self }
+    }
+
     pub(crate) fn written(&self) -> bool {
         self.action != action::KEEP
     }
@@ -85,6 +90,20 @@ fn coef_of_finite(clip: &ClipNorm, total_norm: f64) -> f64 {
         numerator / denominator
     } else {
         1.0
+    }
+}
+
+/// What keeps the gradients in place writes them, times 1, out of place. Only a norm that is not finite, and is to be
+/// skipped, leaves the outputs alone. Twin: `out_of_place` in `kernels/scale_into.cu`.
+pub(crate) fn out_of_place(decided: u32, total_norm: f64, nonfinite: NonFinite) -> u32 {
+    if decided != action::KEEP {
+        decided
+    } else if total_norm.is_finite() {
+        action::SCALE
+    } else if matches!(nonfinite, NonFinite::Skip | NonFinite::Error) {
+        action::KEEP
+    } else {
+        action::POISON
     }
 }
 

@@ -56,6 +56,47 @@ pub enum Error {
         /// Index of the other.
         second: usize,
     },
+    /// Something is wrong with the outputs of [`clip_grad_norm_into`](crate::cpu::clip_grad_norm_into), as it could be with
+    /// gradients: the index of a tensor inside this error is that of an output.
+    #[error("outputs: {0}")]
+    Outputs(Box<Error>),
+    /// There are not as many outputs as gradients.
+    #[error("{gradients} gradients, but {outputs} outputs; each gradient needs one")]
+    OutputCount {
+        /// Length of the list of gradients.
+        gradients: usize,
+        /// Length of the list of outputs.
+        outputs: usize,
+    },
+    /// An output has not as many elements as its gradient.
+    #[error("output {tensor} has {output} elements, gradient {tensor} has {gradient}")]
+    OutputNumel {
+        /// Index of both.
+        tensor: usize,
+        /// Elements of the gradient.
+        gradient: u64,
+        /// Elements of the output.
+        output: u64,
+    },
+    /// An output of a type that its gradient cannot be clipped into.
+    #[error("output {tensor} is {output}, gradient {tensor} is {gradient}; the output can be {gradient} or f32")]
+    OutputDtype {
+        /// Index of both.
+        tensor: usize,
+        /// Type of the gradient.
+        gradient: Dtype,
+        /// Type of the output.
+        output: Dtype,
+    },
+    /// An output shares memory with a gradient, maybe its own. Clipping in place is what
+    /// [`clip_grad_norm`](crate::cpu::clip_grad_norm) is for.
+    #[error("output {output} overlaps gradient {gradient} in memory; to clip in place, use clip_grad_norm")]
+    OutputOverlapsGradient {
+        /// Index of the output.
+        output: usize,
+        /// Index of the gradient.
+        gradient: usize,
+    },
     /// The address of a tensor is not a multiple of its element size.
     #[error("tensor {tensor} ({dtype}) starts at {address:#x}, which is not a multiple of {} bytes", .dtype.size())]
     Misaligned {

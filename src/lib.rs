@@ -13,6 +13,8 @@
 //! # Ok::<(), gradclip::Error>(())
 //! ```
 //!
+//! `clip_grad_norm_into` does the same out of place, also from f16, bf16 or f64 gradients to f32 ones.
+//!
 //! # Back ends
 //!
 //! The verbs are the same in each:
@@ -82,6 +84,8 @@
 //! * With a [loss scale](ClipNorm::loss_scale) `S`, `N` is the measured norm over `S`, every element becomes
 //!   `x * clip_coef / S`, and [`found_inf`](NormReport::found_inf) says that the scaled gradients overflowed.
 //! * [`NonFinite`] says what happens when the norm is NaN or infinite: `Skip`, `Zero`, `Propagate`, `Error`.
+//! * Out of place ([`cpu::clip_grad_norm_into`]) each output is `x * clip_coef` rounded once to its own type, and is
+//!   written also where nothing is clipped. Only a norm that is skipped, or an error, leaves the outputs as they were.
 //! * An empty list, and empty gradients anywhere in one, have norm 0 and are left alone.
 //! * Gradients that share memory are refused: they would be counted, and scaled, twice. (Where candle or tch gives
 //!   several variables one gradient, it is clipped once.)
@@ -143,6 +147,7 @@ mod dtype;
 mod error;
 mod fp_env;
 mod options;
+mod outputs;
 mod plan;
 mod report;
 mod scope;

@@ -38,6 +38,11 @@ impl Plan {
         &self.descs
     }
 
+    /// (begin, end, index) of the tensors that are not empty, by address. None overlaps another.
+    pub(crate) fn spans(&self) -> &[(u64, u64, usize)] {
+        &self.by_address
+    }
+
     pub(crate) fn num_tiles(&self) -> u32 {
         self.num_tiles
     }

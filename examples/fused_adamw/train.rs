@@ -50,7 +50,7 @@ pub struct End {
     pub off: f64,
     pub loss_scale: f32,
     pub steps_left_out: usize,
-    /// Of the last steps.
+    /// Of each step.
     pub reports: Vec<NormReport>,
 }
 
@@ -159,19 +159,20 @@ impl Trainer {
     }
 }
 
-/// Trains, and waits at the end.
+/// Trains. Waits at the end, and as often as the clipper would forget reports: every 256 steps.
 pub fn train(context: &Arc<CudaContext>, seed: u64, steps: usize, way: Way) -> Result<End> {
     let (mut trainer, mut batches) = (Trainer::new(context, way)?, Batches::new(seed));
-    let mut pending = Vec::new();
+    let (mut pending, mut reports) = (Vec::new(), Vec::with_capacity(steps));
     for step in 1..=steps {
         let (x, mut y) = batches.next();
         if step % CORRUPT_EVERY == 0 {
             y[1] = CORRUPT_LABEL;
         }
         pending.push(trainer.step(&x, &y)?);
+        if pending.len() == gradclip::REPORTS_KEPT || step == steps {
+            reports.extend(pending.drain(..).map(|report| report.wait()).collect::<gradclip::Result<Vec<_>>>()?);
+        }
     }
-    let kept = pending.len().saturating_sub(gradclip::REPORTS_KEPT);
-    let reports = pending[kept..].iter().map(Pending::wait).collect::<gradclip::Result<Vec<_>>>()?;
     let weights = trainer.stream.clone_dtoh(&trainer.weights).map_err(driver)?;
     let state = trainer.stream.clone_dtoh(&trainer.state).map_err(driver)?;
     let off = weights.iter().zip(&batches.truth).map(|(w, t)| f64::from(w - t).powi(2)).sum::<f64>().sqrt();

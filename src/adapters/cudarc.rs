@@ -156,8 +156,8 @@ impl RawGrad {
     ///
     /// # Safety
     /// Whenever this value is passed to a call, and until that call's work on the stream has finished:
-    /// * `address` points to `numel` initialised elements in memory of the clipper's device,
-    /// * no other work writes them, and none reads them if the call clips, unless the stream orders it,
+    /// * `address` points to `numel` elements in memory of the clipper's device, initialised but where they are an output,
+    /// * no other work writes them, and none reads them if the call may write them, unless the stream orders it,
     /// * no Rust reference to them is used.
     #[must_use]
     pub unsafe fn new(address: u64, numel: usize, dtype: Dtype) -> Self {

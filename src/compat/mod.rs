@@ -7,7 +7,7 @@
 //! use gradclip::{compat, cpu, Scope};
 //! let mut grads = [vec![3.0f32, 4.0], vec![12.0]];
 //! cpu::clip_grad_norm(&mut grads, compat::torch::clip_grad_norm(6.5))?;
-//! assert_eq!(grads, [[1.4999999, 1.9999998].to_vec(), [5.9999995].to_vec()]);
+//! assert_eq!(grads, [vec![1.4999999, 1.9999999], vec![5.9999995]]);
 //!
 //! cpu::clip_grad_norm_by(&mut grads, &Scope::per_tensor(), compat::keras::clipnorm(1.25))?;
 //! assert_eq!(grads[1], [1.25]);

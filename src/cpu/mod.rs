@@ -12,6 +12,7 @@ mod norm_partials;
 mod parallel;
 mod partial;
 mod scale;
+mod scale_into;
 pub(crate) mod scoped;
 mod stats;
 mod summation;
@@ -26,11 +27,13 @@ use crate::clip_coef::{decide, Verdict};
 use crate::error::{Error, Result};
 use crate::fp_env::DefaultFpEnv;
 use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
+use crate::outputs::{check_pairs, in_outputs, refuse_shared};
 use crate::plan::{Plan, TensorRef};
 use crate::report::{NormReport, ValueReport};
 use crate::scope::{Scope, ScopedReport};
 use crate::total_norm::TotalNorm;
 use crate::value_bounds;
+use scale_into::Pair;
 
 /// Norm over all gradients together.
 ///
@@ -82,6 +85,59 @@ pub fn clip_grad_norm<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipNorm>) 
         apply(&verdict, &mut writable);
     }
     Ok(report)
+}
+
+/// The same out of place: clipped gradients go to `outputs`, one for each gradient, of its type or f32. The gradients are
+/// only read.
+///
+/// Formula, options, norm and coefficient are those of [`clip_grad_norm`]. Output `i` becomes `x * multiplier` for every
+/// `x` of gradient `i`, rounded once, to the output's type: within one unit in the last place for every finite `x`. Where
+/// nothing is clipped (and there is no loss scale) it becomes `x`. f32 from f16 or bf16 is what an optimizer with f32
+/// master weights takes: in place the product is rounded to 11 or 8 bits, and a small f16 can vanish, above all where a
+/// [`loss_scale`](ClipNorm::loss_scale) comes off with it.
+///
+/// ```text
+/// bf16 -> bf16, f32      f16 -> f16, f32      f64 -> f64, f32      f32 -> f32
+/// ```
+///
+/// Outputs are always written, but for a norm that is NaN or infinite under [`NonFinite::Skip`] and
+/// [`NonFinite::Error`]: then they keep what they held, and the report says `written: false`; do not step with them. Under
+/// [`NonFinite::Zero`] they become +0, under [`NonFinite::Propagate`] what [`clip_grad_norm`] would leave; both, where
+/// `max_norm` is infinite and there is no loss scale, write `x`. Every NaN in an output is the canonical one. An f64 beyond f32 becomes infinite.
+///
+/// Cost: reads each gradient twice, writes each output once. All cores. Nothing else of their size is allocated.
+///
+/// # Errors
+/// Those of [`clip_grad_norm`]; [`Error::OutputCount`], [`Error::OutputNumel`], [`Error::OutputDtype`],
+/// [`Error::OutputOverlapsGradient`]; [`Error::Outputs`] where outputs share memory. No output is touched then.
+///
+/// ```
+/// use half::bf16;
+/// let grads = [vec![bf16::from_f32(3.0)], vec![bf16::from_f32(4.0)]];
+/// let mut master_grads = [vec![0.0f32], vec![0.0]];
+/// let report = gradclip::cpu::clip_grad_norm_into(&grads, &mut master_grads, 1.0)?;
+/// assert_eq!((report.total_norm, report.clip_coef, report.written), (5.0, 0.2, true));
+/// assert_eq!(master_grads, [[0.6], [0.8]]); // in place: 0.6015625 and 0.80078125
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_grad_norm_into<G: AsGrad, O: AsGradMut>(
+    grads: &[G],
+    outputs: &mut [O],
+    clip: impl Into<ClipNorm>,
+) -> Result<NormReport> {
+    let clip = clip.into();
+    clip.validate()?;
+    clip.refuse_device_threshold()?;
+    let readable = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let writable = collect(outputs.len(), outputs.iter_mut().map(AsGradMut::as_grad_mut))?;
+    let plan = check(&readable)?;
+    let pairs = pair_up(&plan, &readable, writable)?;
+    let (report, verdict) = measure_planned(&readable, &plan, &clip)?;
+    let verdict = verdict.out_of_place(report.total_norm, clip.nonfinite);
+    if verdict.written() {
+        parallel::scale_pairs(&verdict, pairs);
+    }
+    Ok(NormReport { written: verdict.written(), ..report })
 }
 
 /// Scales the gradients by a norm that the caller has: what [`clip_grad_norm`] does after it has measured.
@@ -251,6 +307,11 @@ pub(crate) fn measure(grads: &[Grad<'_>], clip: &ClipNorm) -> Result<(NormReport
     clip.validate()?;
     clip.refuse_device_threshold()?;
     let plan = check(grads)?;
+    measure_planned(grads, &plan, clip)
+}
+
+/// The same of a checked list.
+fn measure_planned(grads: &[Grad<'_>], plan: &Plan, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
     let partials = parallel::norm_partials(clip.norm_type, grads, plan.num_tiles() as usize);
     // Not before: while this thread waits for the others it may run jobs of the caller's.
     let _env = DefaultFpEnv::enter();
@@ -284,6 +345,21 @@ fn report_of(clip: &ClipNorm, total_norm: f64, first_nonfinite: Option<usize>) -
 /// Stage 3, after [`measure`], which has looked at every gradient.
 pub(crate) fn apply(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
     parallel::scale(verdict, grads);
+}
+
+/// Each gradient with its output, checked.
+fn pair_up<'a>(plan: &Plan, grads: &[Grad<'a>], outputs: Vec<GradMut<'a>>) -> Result<Vec<Pair<'a>>> {
+    let gradient_refs: Vec<TensorRef> = grads.iter().map(Grad::tensor_ref).collect();
+    let output_refs: Vec<TensorRef> = outputs.iter().map(|output| output.as_grad().tensor_ref()).collect();
+    check_pairs(&gradient_refs, &output_refs)?;
+    let mut output_plan = Plan::default();
+    output_plan.update(&output_refs).map_err(in_outputs)?;
+    refuse_shared(plan, &output_plan)?;
+    let pairs = grads.iter().zip(outputs).enumerate().map(|(tensor, (grad, output))| {
+        let (gradient, to) = (gradient_refs[tensor].dtype, output_refs[tensor].dtype);
+        Pair::of(*grad, output).ok_or(Error::OutputDtype { tensor, gradient, output: to })
+    });
+    pairs.collect()
 }
 
 /// Stage 3, after [`judge`], which has not.

@@ -7,6 +7,7 @@ use super::isa::Isa;
 use super::norm_partials::tile_partials;
 use super::partial::Partial;
 use super::scale;
+use super::scale_into::{scale_into, with_pair, Pair, ScaleInto};
 use super::stats::{self, tile_stats};
 use super::summation::FastSum;
 use crate::abi::{ClampBounds, Stats, TILE_BYTES};
@@ -93,6 +94,33 @@ pub(crate) fn scale(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
         with_slice!(GradMut, task, slice => scale::scale(isa, verdict, slice));
         Counts::default()
     });
+}
+
+/// Applies the verdict to every gradient, and writes its output.
+pub(crate) fn scale_pairs(verdict: &Verdict, pairs: Vec<Pair<'_>>) {
+    /// One task; the slices are of one length.
+    fn run<T: ScaleInto<O>, O: scale::SplitScale>(isa: Isa, verdict: &Verdict, input: &[T], output: &mut [O]) {
+        let _env = DefaultFpEnv::enter();
+        scale_into(isa, verdict, input, output);
+    }
+    fn in_pieces<T: ScaleInto<O> + FastSum, O: scale::SplitScale>(
+        isa: Isa,
+        verdict: &Verdict,
+        input: &[T],
+        output: &mut [O],
+    ) {
+        let numel = TILES_PER_TASK * T::TILE_NUMEL;
+        let pieces = input.par_chunks(numel).zip(output.par_chunks_mut(numel));
+        pieces.for_each(|(input, output)| run(isa, verdict, input, output));
+    }
+    let isa = Isa::detect();
+    let bytes: usize = pairs.iter().map(|pair| with_pair!(pair, input, _output => size_of_val(&input[..]))).sum();
+    if bytes <= SERIAL_BYTES {
+        pairs.into_iter().for_each(|pair| with_pair!(pair, input, output => run(isa, verdict, input, output)));
+    } else {
+        let pair_in_pieces = |pair| with_pair!(pair, input, output => in_pieces(isa, verdict, input, output));
+        pairs.into_par_iter().for_each(pair_in_pieces);
+    }
 }
 
 /// Applies to each gradient its own verdict.

@@ -8,14 +8,33 @@ use half::{bf16, f16};
 
 /// Applies the verdict to some elements. If it is to scale them, they are finite.
 pub(crate) fn scale<T: SplitScale>(isa: Isa, verdict: &Verdict, elements: &mut [T]) {
-    let coef = verdict.multiplier;
-    match verdict.action {
-        action::KEEP => {}
-        action::CLEAR => elements.fill(T::zeroed()),
-        action::SCALE if SPLIT_COEFS.contains(&coef) => {
-            isa.run(ScaleElements { coef: SplitCoef::of(verdict), elements });
+    match Product::of(verdict) {
+        Product::Keep => {}
+        Product::Clear => elements.fill(T::zeroed()),
+        Product::Split(coef) => isa.run(ScaleElements { coef, elements }),
+        Product::Wide(coef) => elements.iter_mut().for_each(|x| *x = T::from_wide(x.wide() * coef)),
+    }
+}
+
+/// The way to the product, in place and out of place alike.
+pub(crate) enum Product {
+    Keep,
+    Clear,
+    /// By [`SplitScale`].
+    Split(SplitCoef),
+    /// `T::from_wide(x.wide() * coef)`: multipliers tiny or huge, NaN and Inf.
+    Wide(f64),
+}
+
+impl Product {
+    pub(crate) fn of(verdict: &Verdict) -> Self {
+        let coef = verdict.multiplier;
+        match verdict.action {
+            action::KEEP => Self::Keep,
+            action::CLEAR => Self::Clear,
+            action::SCALE if SPLIT_COEFS.contains(&coef) => Self::Split(SplitCoef::of(verdict)),
+            _ => Self::Wide(coef),
         }
-        _ => elements.iter_mut().for_each(|x| *x = T::from_wide(x.wide() * coef)),
     }
 }
 
@@ -46,9 +65,9 @@ const ANY_BLOCK: usize = 4096;
 
 #[derive(Clone, Copy)]
 pub(crate) struct SplitCoef {
-    full: f64,
-    hi: f32,
-    lo: f32,
+    pub full: f64,
+    pub hi: f32,
+    pub lo: f32,
 }
 
 impl SplitCoef {

@@ -3,7 +3,8 @@
 use super::driver::{check_driver, driver_error, is_capturing, CurrentContext, HomeThread, KeepsContext};
 use super::kernels::Kernels;
 use super::launch::Launcher;
-use super::reports::{Pending, ReportRing};
+use super::outputs::Outputs;
+use super::reports::{Applied, Pending, ReportRing};
 use super::scoped::ScopedCalls;
 use super::workspace::Workspace;
 use crate::abi::{nonfinite, ClipParams};
@@ -54,6 +55,7 @@ pub struct Clipper {
     pub(super) home: HomeThread,
     kernels: KeepsContext<Kernels>,
     workspace: KeepsContext<Workspace>,
+    outputs: KeepsContext<Outputs>,
     reports: Arc<ReportRing>,
     pub(super) plan: Arc<Plan>,
     pub(super) list: DeviceList,
@@ -86,6 +88,7 @@ impl Clipper {
             home: HomeThread::of(stream),
             kernels: KeepsContext::new(Kernels::load(context)?),
             workspace: KeepsContext::new(Workspace::new(stream)),
+            outputs: KeepsContext::new(Outputs::new(stream)),
             reports: Arc::new(ReportRing::new(stream)?),
             plan: Arc::new(Plan::default()),
             list: DeviceList::default(),
@@ -104,7 +107,7 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), false);
+        let pending = self.norm_stages(&ClipNorm::measure_only(norm_type), Applied::Nowhere);
         // After an error too: a stage that was launched before it may still be running.
         let released = self.list.release(grads, &self.stream);
         pending.and_then(|pending| released.map(|()| pending))
@@ -130,10 +133,55 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather_mut(grads, &self.stream)?;
-        let pending = self.norm_stages(&clip, true);
+        let pending = self.norm_stages(&clip, Applied::InPlace);
         let released = self.list.release_mut(grads, &self.stream); // after an error too, as above
         let pending = pending?;
         released?;
+        finish(pending, &clip)
+    }
+
+    /// The same out of place: clipped gradients go to `outputs`, one for each gradient, of its type or f32. The gradients
+    /// are only read. What is written, and when, is what [`cpu::clip_grad_norm_into`](crate::cpu::clip_grad_norm_into)
+    /// says, bit for bit.
+    ///
+    /// Cost: reads each gradient twice, writes each output once. Three launches, no wait (but [`NonFinite::Error`] has to
+    /// wait for the norm). The outputs' addresses, 16 bytes a tensor, are copied to the device when they are others than
+    /// last time. Any alignment works; where that of an output, in units of 16 bytes (8 from f64 to f32), is not that of
+    /// its gradient, the load instructions of the last stage double, its traffic with memory does not.
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm`](Self::clip_grad_norm), and those of
+    /// [`cpu::clip_grad_norm_into`](crate::cpu::clip_grad_norm_into). No output is touched, unless the error is
+    /// [`Error::Driver`] from work that was launched.
+    ///
+    /// ```no_run
+    /// use gradclip::cuda::{self, Clipper};
+    /// use half::bf16;
+    /// let stream = cuda::context(0)?.default_stream();
+    /// let grads = [stream.clone_htod(&[bf16::from_f32(3.0), bf16::from_f32(4.0)])?];
+    /// let mut master_grads = [stream.alloc_zeros::<f32>(2)?];
+    /// let mut clipper = Clipper::new(&stream)?;
+    /// let pending = clipper.clip_grad_norm_into(&grads, &mut master_grads, 1.0)?; // no wait
+    /// assert_eq!(stream.clone_dtoh(&master_grads[0])?, [0.6, 0.8]);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    pub fn clip_grad_norm_into<G: DeviceGrad, O: DeviceGradMut>(
+        &mut self,
+        grads: &[G],
+        outputs: &mut [O],
+        clip: impl Into<ClipNorm>,
+    ) -> Result<Pending<NormReport>> {
+        let clip = clip.into();
+        clip.validate()?;
+        self.home.check()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather(grads, &self.stream)?;
+        self.outputs.gather(outputs, &self.stream)?;
+        let pending = self.norm_stages(&clip, Applied::OutOfPlace(clip.nonfinite));
+        let released = self.list.release(grads, &self.stream); // after an error too, as above
+        let outputs_released = self.outputs.release(outputs, &self.stream);
+        let pending = pending?;
+        released.and(outputs_released)?;
         finish(pending, &clip)
     }
 
@@ -209,11 +257,11 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.norm_stages(&clip, false);
+        let pending = self.norm_stages(&clip, Applied::Nowhere);
         let released = self.list.release(grads, &self.stream); // after an error too, as above
         let pending = pending?;
         released?;
-        finish(pending.not_applied(), &clip)
+        finish(pending, &clip)
     }
 
     /// Limits each element to `[-v, v]`, or to the bounds of a [`ClipValue`]; see
@@ -241,17 +289,19 @@ impl Clipper {
     }
 
     /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 36 KiB for
-    /// reports.
+    /// reports; 16 a tensor more once there were outputs.
     #[must_use]
     pub fn device_bytes(&self) -> usize {
         let scoped = self.scoped.as_ref().map_or(0, |scoped| scoped.device_bytes());
-        self.workspace.device_bytes() + self.reports.bytes() + scoped
+        self.workspace.device_bytes() + self.outputs.device_bytes() + self.reports.bytes() + scoped
     }
 
-    /// Pinned host memory this clipper holds, in bytes: none for lists of up to 160 tensors.
+    /// Pinned host memory this clipper holds, in bytes: none for lists of up to 160 tensors without
+    /// outputs.
     #[must_use]
     pub fn pinned_bytes(&self) -> usize {
-        self.workspace.pinned_bytes() + self.scoped.as_ref().map_or(0, |scoped| scoped.pinned_bytes())
+        let scoped = self.scoped.as_ref().map_or(0, |scoped| scoped.pinned_bytes());
+        self.workspace.pinned_bytes() + self.outputs.pinned_bytes() + scoped
     }
 
     /// The stream that all work goes to.
@@ -270,20 +320,30 @@ impl Clipper {
         Ok(())
     }
 
-    fn norm_stages(&mut self, clip: &ClipNorm, apply: bool) -> Result<Pending<NormReport>> {
+    fn norm_stages(&mut self, clip: &ClipNorm, applied: Applied) -> Result<Pending<NormReport>> {
         let capturing = self.prepare_norm(clip)?;
+        let outputs = match applied {
+            Applied::OutOfPlace(_) => {
+                Some(self.outputs.prepare(self.list.tensors(), &self.plan, &self.stream, capturing)?)
+            }
+            _ => None,
+        };
         let slot = self.reports.take(capturing)?;
         let report = self.reports.address(slot);
         let (sums, scales) = (self.workspace.sums(), self.workspace.scales(&self.plan));
+        let params = clip_params(clip);
         let launcher = self.launcher();
         launcher
             .norm_partials(clip.norm_type, sums, scales)
-            .and_then(|()| launcher.clip_coef(&clip_params(clip), sums, scales, report))
+            .and_then(|()| launcher.clip_coef(&params, sums, scales, report))
             .inspect_err(|_| self.reports.give_back(slot))?;
-        if apply {
-            launcher.scale(report)?; // the slot stays taken: a graph may write it by now
+        // The slot stays taken after an error: a graph may write it by now.
+        match (applied, outputs) {
+            (Applied::InPlace, _) => launcher.scale(report)?,
+            (_, Some(outputs)) => launcher.scale_into(outputs, params.nonfinite == nonfinite::SKIP, report)?,
+            _ => {}
         }
-        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()))
+        Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()).applied(applied))
     }
 
     fn given_norm_stages(&mut self, total_norm: TotalNorm<'_>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
@@ -349,6 +409,7 @@ impl Clipper {
     }
 
     fn take_plan(&mut self) -> Result<()> {
+        self.outputs.forget_gradients();
         if let Some(plan) = Arc::get_mut(&mut self.plan) {
             return plan.update(self.list.tensors());
         }

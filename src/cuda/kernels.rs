@@ -66,6 +66,30 @@ impl Kernels {
     }
 }
 
+/// The kernel of calls out of place. Loaded when it is first needed: a quarter of the PTX of the others.
+#[derive(Debug)]
+pub(crate) struct IntoKernel {
+    pub scale_into: CUfunction,
+    modules: Modules,
+}
+
+// SAFETY: as for `Kernels`.
+unsafe impl Send for IntoKernel {}
+
+impl IntoKernel {
+    /// `context` must be current.
+    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let mut modules = Modules::new(context);
+        let scale_into = modules.load("scale_into")?;
+        Ok(Self { scale_into: modules.function(scale_into, "scale_into")?, modules })
+    }
+
+    /// As [`Kernels::leave_to_graphs`].
+    pub(crate) fn leave_to_graphs(&mut self) {
+        self.modules.captured = true;
+    }
+}
+
 /// The kernels of calls with more than one norm. Loaded when they are first needed: their PTX is larger than that of all
 /// others.
 #[derive(Debug)]

@@ -2,6 +2,7 @@
 
 use super::driver::driver_error;
 use super::kernels::Kernels;
+use super::outputs::Ready;
 use crate::abi::{ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS, WARP_THREADS};
 use crate::error::Result;
 use crate::options::NormType;
@@ -72,6 +73,15 @@ impl Launcher<'_> {
         // SAFETY: the arguments mirror those of both in kernels/scale.cu; the tensors are borrowed mutably by the caller,
         // and do not overlap.
         unsafe { self.over_tiles(op, kernel, self.in_place_blocks(), &mut args) }
+    }
+
+    /// Applies the report to the gradients, and writes their outputs. The grid is that of [`scale`](Self::scale).
+    pub(crate) fn scale_into(&self, outputs: Ready, skip_nonfinite: bool, report: u64) -> Result<()> {
+        let skip_nonfinite = u32::from(skip_nonfinite);
+        let mut args = [arg(self.table), arg(&self.num_tiles), arg(&outputs.table), arg(&skip_nonfinite), arg(&report)];
+        // SAFETY: the arguments mirror scale_into in kernels/scale_into.cu; the table has a row for each tensor, with as
+        // many elements behind it, borrowed mutably by the caller, and no byte of them is in another row or a gradient.
+        unsafe { self.over_tiles("scale_into", outputs.kernel, self.in_place_blocks(), &mut args) }
     }
 
     /// Clamps the gradients; `counts[tile]` for every tile.

@@ -13,6 +13,7 @@ mod driver;
 mod kernels;
 mod launch;
 mod memory;
+mod outputs;
 mod reports;
 mod scoped;
 mod thread_clippers;
@@ -25,8 +26,8 @@ pub use kernels::compiler;
 pub use reports::Pending;
 pub use scoped::PendingScoped;
 pub use thread_clippers::{
-    clip_coef, clip_grad_norm, clip_grad_norm_by, clip_grad_value, clip_with_norm, norms_by, release_thread_clippers,
-    total_norm,
+    clip_coef, clip_grad_norm, clip_grad_norm_by, clip_grad_norm_into, clip_grad_value, clip_with_norm, norms_by,
+    release_thread_clippers, total_norm,
 };
 
 /// The cudarc whose types the calls take.

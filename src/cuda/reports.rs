@@ -3,7 +3,9 @@
 use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread};
 use super::memory::DeviceBuffer;
 use crate::abi::{action, ReportSlot};
+use crate::clip_coef::out_of_place;
 use crate::error::{Error, Result};
+use crate::options::NonFinite;
 use crate::plan::Plan;
 use crate::report::{NormReport, Report};
 use crate::REPORTS_KEPT;
@@ -129,6 +131,17 @@ impl Drop for ReportRing {
     }
 }
 
+/// What a call does with what its slot says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Applied {
+    /// Writes the gradients if it says to.
+    InPlace,
+    /// Writes nothing.
+    Nowhere,
+    /// Writes outputs, by this policy.
+    OutOfPlace(NonFinite),
+}
+
 /// The result of a call that may still be running. Dropping it costs nothing; the work goes on.
 ///
 /// The last [`REPORTS_KEPT`] reports of a clipper can be read, in any order, from any thread (but see
@@ -139,19 +152,18 @@ pub struct Pending<R> {
     ring: Arc<ReportRing>,
     slot: Slot,
     plan: Arc<Plan>,
-    /// Whether the call applies what the slot says, if it says to.
-    applied: bool,
+    applied: Applied,
     report: PhantomData<R>,
 }
 
 impl<R: Report> Pending<R> {
     pub(crate) fn new(ring: Arc<ReportRing>, slot: Slot, plan: Arc<Plan>) -> Self {
-        Self { ring, slot, plan, applied: true, report: PhantomData }
+        Self { ring, slot, plan, applied: Applied::InPlace, report: PhantomData }
     }
 
-    /// Of a call that writes no gradients whatever the slot says.
-    pub(crate) fn not_applied(self) -> Self {
-        Self { applied: false, ..self }
+    /// Of a call that does something else with what the slot says.
+    pub(crate) fn applied(self, applied: Applied) -> Self {
+        Self { applied, ..self }
     }
 
     /// Waits for the stream, and reads the report. The only wait of this crate (with [`NonFinite::Error`], the clip
@@ -167,9 +179,11 @@ impl<R: Report> Pending<R> {
     /// [`NonFinite::Error`]: crate::NonFinite::Error
     pub fn wait(&self) -> Result<R> {
         let mut slot = self.ring.read(self.slot)?;
-        if !self.applied {
-            slot.action = action::KEEP;
-        }
+        slot.action = match self.applied {
+            Applied::InPlace => slot.action,
+            Applied::Nowhere => action::KEEP,
+            Applied::OutOfPlace(nonfinite) => out_of_place(slot.action, slot.total_norm, nonfinite),
+        };
         Ok(R::from_slot(&slot, &|tile| self.plan.tensor_of(tile)))
     }
 }

@@ -89,6 +89,20 @@ pub fn clip_grad_norm<G: DeviceGradMut>(
     with_clipper(stream, |clipper| clipper.clip_grad_norm(grads, clip))
 }
 
+/// [`Clipper::clip_grad_norm_into`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_grad_norm_into`]; [`Error::ThreadEnding`].
+pub fn clip_grad_norm_into<G: DeviceGrad, O: DeviceGradMut>(
+    stream: &Arc<CudaStream>,
+    grads: &[G],
+    outputs: &mut [O],
+    clip: impl Into<ClipNorm>,
+) -> Result<Pending<NormReport>> {
+    let clip = clip.into();
+    with_clipper(stream, |clipper| clipper.clip_grad_norm_into(grads, outputs, clip))
+}
+
 /// [`Clipper::norms_by`] with this thread's clipper for `stream`, made on first use.
 ///
 /// # Errors

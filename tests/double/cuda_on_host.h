@@ -114,4 +114,24 @@ inline void store_element(u64 address, Bits bits) {
   *reinterpret_cast<typename host::AliasingType<Bits>::Type*>(address) = bits;
 }
 
+inline Pack load_half(u64 address) {
+  host::check_alignment(address, sizeof(u64), "a load");
+  if (!host::may_access(address, sizeof(u64), false)) return {{~0u, ~0u, 0, 0}};
+  const host::AliasingWord* words = reinterpret_cast<const host::AliasingWord*>(address);
+  return {{words[0], words[1], 0, 0}};
+}
+inline Pack load_before_stores(u64 address, bool active) { return active ? load_for_update(address) : Pack{}; }
+inline Pack load_half_before_stores(u64 address, bool active) {
+  if (active) host::count(host::traffic.read, sizeof(u64));
+  return active ? load_half(address) : Pack{};
+}
+inline Pack load_shared_line(u64 address, bool active) { return active ? load_shared_line(address) : Pack{}; }
+inline Pack load_half_shared_line(u64 address, bool active) {
+  if (active) host::count(host::traffic.read_shared, sizeof(u64));
+  return active ? load_half(address) : Pack{};
+}
+inline void store_half(u64 address, const Pack& p) {
+  store_element<u64>(address, static_cast<u64>(p.word[1]) << 32 | p.word[0]);
+}
+
 }  // namespace gradclip

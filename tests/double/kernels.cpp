@@ -4,6 +4,7 @@
 #include "../../kernels/norm_partials.cu"
 #include "../../kernels/clip_coef.cu"
 #include "../../kernels/scale.cu"
+#include "../../kernels/scale_into.cu"
 #include "../../kernels/clamp.cu"
 #include "../../kernels/scoped.cu"
 #include "../../kernels/scoped_stats.cu"
@@ -21,6 +22,7 @@ const HostKernel project_kernels[] = {
     FOLD_KERNEL(clip_coef),
     host_kernel<&::clip_coef_of_norm>("clip_coef_of_norm", kWarpThreads),
     TILE_KERNEL(scale),
+    TILE_KERNEL(scale_into),
     TILE_KERNEL(scale_any),
     TILE_KERNEL(clamp),
     FOLD_KERNEL(clamp_counts),

@@ -122,7 +122,7 @@ std::unique_ptr<T[]> filled(size_t count) {
 struct CaseHeader {
   u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts. 2: clip_coef_of_norm, scale_any.
                   // 3: scoped_partials, scoped_coefs, scoped_scale, each row by itself. 4: the same with scoped_stats.
-                  // 5, 6: the same with one group for all
+                  // 5, 6: the same with one group for all. 7: as 0, with scale_into
   u32 table_in_memory;
   u32 with_scales;
   u32 blocks;
@@ -132,6 +132,8 @@ struct CaseHeader {
   ClampBounds bounds;
   double total_norm;
 };
+
+constexpr u32 kInto = 7;
 
 class Case {
  public:
@@ -147,8 +149,16 @@ class Case {
       tensors_.emplace_back(new TensorMemory(misalign, numel * kElementBytes[dtype]));
       TensorMemory& tensor = *tensors_.back();
       in.bytes(tensor.data(), tensor.bytes());
+      if (header_.operation == kInto) {
+        const u32 output_dtype = in.get<u32>();
+        const u32 output_misalign = in.get<u32>();
+        if (output_dtype > kBF16) fail("no such dtype");
+        outputs_.emplace_back(new TensorMemory(output_misalign, numel * kElementBytes[output_dtype]));
+        std::memset(outputs_.back()->data(), kStale, outputs_.back()->bytes());
+        output_descs_.push_back({outputs_.back()->address(), output_dtype, ~0u});
+      }
       descs_[i] = {tensor.address(), numel, num_tiles_, dtype};
-      if (header_.operation < 3) {
+      if (!scoped()) {
         num_tiles_ += static_cast<u32>((tensor.bytes() + kTileBytes - 1) / kTileBytes);
       } else {
         add_rows(i, descs_[i], rows);
@@ -173,7 +183,7 @@ class Case {
   void run() {
     const Order order = {header_.reversed != 0, header_.reversed != 0};
     const u32 blocks = header_.blocks;
-    if (header_.operation == 0) {
+    if (header_.operation == 0 || header_.operation == kInto) {
       static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf"};
       if (header_.clip.norm_type > kInf) fail("no such norm");
       int* scales = header_.with_scales ? scales_.get() : nullptr;
@@ -181,13 +191,20 @@ class Case {
           .add(table()).add(num_tiles_).add(sums_.get()).add(scales).run(blocks, order);
       Arguments("clip_coef")
           .add(sums_.get()).add(scales).add(num_tiles_).add(header_.clip).add(report_.get()).run(1, order);
-      Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+      if (header_.operation == 0) {
+        Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+      } else {
+        const u32 skip_nonfinite = header_.clip.nonfinite == kSkip;
+        Arguments("scale_into")
+            .add(table()).add(num_tiles_).add(output_descs_.data()).add(skip_nonfinite).add(report_.get())
+            .run(blocks, order);
+      }
     } else if (header_.operation == 2) {
       const double* const nowhere = nullptr;
       Arguments("clip_coef_of_norm")
           .add(header_.total_norm).add(nowhere).add(header_.clip).add(report_.get()).run(1, order);
       Arguments("scale_any").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
-    } else if (header_.operation >= 3) {
+    } else if (scoped()) {
       run_scoped(blocks, order);
     } else {
       Arguments("clamp").add(table()).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
@@ -202,7 +219,8 @@ class Case {
     write_bytes(counts_.get(), num_tiles_ * sizeof counts_[0]);
     write_bytes(report_.get(), sizeof(ReportSlot));
     for (const auto& tensor : tensors_) write_bytes(tensor->data(), tensor->bytes());
-    if (header_.operation < 3) return;
+    for (const auto& output : outputs_) write_bytes(output->data(), output->bytes());
+    if (!scoped()) return;
     const u32 counts[] = {static_cast<u32>(groups_.size()), num_stats_};
     write_bytes(counts, sizeof counts);
     write_bytes(reports_.get(), groups_.size() * sizeof(ReportSlot));
@@ -210,6 +228,7 @@ class Case {
   }
 
  private:
+  bool scoped() const { return header_.operation >= 3 && header_.operation != kInto; }
   bool with_stats() const { return header_.operation == 4 || header_.operation == 6; }
   bool one_group() const { return header_.operation >= 5; }
 
@@ -271,9 +290,13 @@ class Case {
     return table;
   }
 
+  static constexpr char kStale = 0x55;  // what an output holds before
+
   CaseHeader header_;
   u32 num_tiles_ = 0;
   std::vector<std::unique_ptr<TensorMemory>> tensors_;
+  std::vector<std::unique_ptr<TensorMemory>> outputs_;
+  std::vector<OutputDesc> output_descs_;
   std::unique_ptr<TensorDesc[]> descs_;
   std::unique_ptr<double[]> sums_;
   std::unique_ptr<int[]> scales_;

@@ -87,6 +87,37 @@ fn repeated_calls_only_launch() {
     });
 }
 
+/// Out of place: the first call copies the table of outputs, and that of the gradients if it is long.
+#[test]
+fn repeated_calls_out_of_place_only_launch() {
+    with_bench(|mut bench| {
+        for count in [1, 160, 161, 3000] {
+            let grads: Vec<Tensor> = (0..count).map(|i| tensor(Dtype::BF16, &[i as f64, 1.0, -2.0])).collect();
+            let outputs = list_of(count);
+            let mut device = OnDevice::upload(bench.clipper.stream(), &grads);
+            let mut out_device = OnDevice::upload(bench.clipper.stream(), &outputs);
+            device.with(&grads, |grads| {
+                out_device.with(&outputs, |outputs| {
+                    let mut call =
+                        || bench.count(|clipper| drop(clipper.clip_grad_norm_into(grads, outputs, 1.0).unwrap()));
+                    let first = call();
+                    assert_eq!((first.launches, first.syncs, first.dtoh_calls), (3, 0, 0), "{count} tensors");
+                    assert_eq!(first.htod_calls, 1 + u64::from(count > 160), "{count} tensors");
+                    let table = if count > 160 { 24 * count } else { 0 };
+                    assert_eq!(first.htod_bytes, (16 * count + table) as u64, "{count} tensors");
+                    assert_only_launches(&call(), 3, &format!("{count} tensors"));
+                });
+                // Calls in place in between cost nothing, and cost the next one nothing.
+                assert_only_launches(&bench.count(|clipper| drop(clipper.clip_grad_norm(grads, 1e9).unwrap())), 3, "");
+                out_device.with(&outputs, |outputs| {
+                    let again = bench.count(|clipper| drop(clipper.clip_grad_norm_into(grads, outputs, 1.0).unwrap()));
+                    assert_only_launches(&again, 3, &format!("{count} tensors, again"));
+                });
+            });
+        }
+    });
+}
+
 /// Any number of tensors, groups and rows, with and without telemetry.
 #[test]
 fn repeated_scoped_calls_only_launch() {

@@ -48,6 +48,49 @@ fn captured_calls_clip_again_at_each_replay() {
     }
 }
 
+/// The same with outputs, whose table a graph goes on using while the clipper is given others.
+#[test]
+fn captured_calls_out_of_place_keep_their_outputs() {
+    let Some(double) = double::lock() else { return };
+    for count in [2, 300] {
+        let stream = stream();
+        let mut clipper = Clipper::new(&stream).unwrap();
+        let list = grads(&stream, count);
+        let zeros = || -> Vec<CudaSlice<f32>> { (0..count).map(|_| stream.alloc_zeros(2).unwrap()).collect() };
+        let (mut outputs, mut others) = (zeros(), zeros());
+        let norm = 5.0 * (count as f64).sqrt();
+        stream.begin_capture(MODE).unwrap();
+        let error = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap_err();
+        assert!(matches!(error, Error::CaptureNeedsWarmup { .. }), "{error}");
+        stream.end_capture(FLAGS).unwrap();
+        clipper.clip_grad_norm(&mut grads(&stream, count), norm).unwrap(); // makes room for the partials
+        clipper.total_norm(&list, NormType::L2).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        let error = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap_err();
+        assert_eq!(error, Error::CaptureNeedsWarmup { what: "the kernel of calls out of place" });
+        stream.end_capture(FLAGS).unwrap();
+        clipper.clip_grad_norm_into(&list, &mut others, norm).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        let error = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap_err();
+        assert_eq!(error, Error::CaptureNeedsWarmup { what: "the table of outputs" });
+        stream.end_capture(FLAGS).unwrap();
+        clipper.clip_grad_norm_into(&list, &mut outputs, f64::INFINITY).unwrap();
+        stream.begin_capture(MODE).unwrap();
+        let captured = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap();
+        let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+        for _ in 0..2 {
+            clipper.clip_grad_norm_into(&list, &mut others, f64::INFINITY).unwrap();
+            graph.launch().unwrap();
+            assert!(captured.wait().unwrap().written);
+            assert_eq!(stream.clone_dtoh(&outputs[count - 1]).unwrap(), [1.5, 2.0]);
+            assert_eq!(stream.clone_dtoh(&others[count - 1]).unwrap(), [3.0, 4.0]);
+            assert_eq!(stream.clone_dtoh(&list[count - 1]).unwrap(), [3.0, 4.0]);
+            stream.memcpy_htod(&[9.0f32, 9.0], &mut outputs[count - 1]).unwrap();
+        }
+    }
+    assert_eq!(double.violated_guards(), 0);
+}
+
 /// Threshold, loss scale and the two halves of a split call, in one graph: replays follow what is on the device.
 #[test]
 fn a_captured_step_follows_the_loss_scale() {

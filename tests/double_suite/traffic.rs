@@ -160,6 +160,44 @@ fn clipping_by_norm_reads_once_or_reads_twice_and_writes_once() {
     });
 }
 
+/// Clipped or not: the gradients' bytes, and those of the outputs. Where an output lies otherwise than its gradient, L1 is
+/// asked twice for what is not at the ends.
+#[test]
+fn clipping_out_of_place_reads_twice_and_writes_once() {
+    with_bench(|mut bench| {
+        for (offset, out_offset) in [(0, 0), (1, 1), (0, 1), (1, 0), (4, 0)] {
+            for to_f32 in [false, true] {
+                let list: Vec<Tensor> = DTYPES.iter().flat_map(|&dtype| list_of(dtype, offset)).collect();
+                let like = |grad: &Tensor| if to_f32 { Dtype::F32 } else { grad.values.dtype() };
+                let zeros = |grad: &Tensor| tensor(like(grad), &vec![0.0; grad.values.numel()]);
+                let outputs: Vec<Tensor> =
+                    list.iter().map(|grad| Tensor { offset: out_offset, ..zeros(grad) }).collect();
+                let (bytes, out_bytes): (usize, usize) =
+                    (list.iter().map(bytes_of).sum(), outputs.iter().map(bytes_of).sum());
+                let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+                let mut out_device = OnDevice::upload(bench.clipper.stream(), &outputs);
+                for max_norm in [1e6, 1e-3, 1e-30] {
+                    bench.double.reset_counters();
+                    device.with(&list, |grads| {
+                        out_device.with(&outputs, |outputs| {
+                            drop(bench.clipper.clip_grad_norm_into(grads, outputs, max_norm).unwrap());
+                        });
+                    });
+                    let [_, coef, scale] = <[KernelRun; 3]>::try_from(bench.double.kernel_runs()).unwrap();
+                    assert_eq!(coef, run("clip_coef", 0, 0));
+                    let what = format!("offsets {offset} and {out_offset}, to f32: {to_f32}, max_norm {max_norm}");
+                    assert_eq!((scale.symbol.as_str(), scale.written), ("scale_into", out_bytes as u64), "{what}");
+                    assert_eq!(scale.read + scale.read_shared / 2, bytes as u64, "{what}");
+                    // A tiny coefficient takes the elements one by one.
+                    // Of f16, 8 bytes are a unit where they become 16 of f32.
+                    let aligned = offset == out_offset || (offset == 4 && to_f32);
+                    assert_eq!(scale.read_shared > 0, !aligned && max_norm > 1e-20, "{what}");
+                }
+            }
+        }
+    });
+}
+
 /// Bytes of the packs that hold a changed element; at the ends of a tile, where no whole pack fits, the element's own.
 fn bytes_to_write(tensor: &Tensor, address: usize, changes: impl Fn(f64) -> bool) -> usize {
     let size = tensor.values.dtype().size();

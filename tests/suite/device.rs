@@ -5,6 +5,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 use gradclip::cuda::{Clipper, DeviceGradMut};
 use gradclip::{ClipNorm, ClipValue, NormReport, NormType, Result, Scope, ScopedReport, TotalNorm, ValueReport};
 use half::{bf16, f16};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A list on the device: each gradient in an allocation of its own, `offset` elements from its start.
@@ -94,18 +95,21 @@ impl OnDevice {
 
     /// Calls `run` with the list as the library takes it.
     pub fn with<R>(&mut self, list: &[Tensor], run: impl FnOnce(&mut [&mut dyn DeviceGradMut]) -> R) -> R {
+        let parts: Vec<_> = list.iter().map(|tensor| tensor.offset..tensor.offset + tensor.values.numel()).collect();
+        self.with_parts(&parts, run)
+    }
+
+    /// Calls `run` with a part of each gradient, in elements of its allocation.
+    pub fn with_parts<R>(&mut self, parts: &[Range<usize>], run: impl FnOnce(&mut [&mut dyn DeviceGradMut]) -> R) -> R {
         let mut views: Vec<View<'_>> = self
             .slices
             .iter_mut()
-            .zip(list)
-            .map(|((slice, offset), tensor)| {
-                let part = *offset..*offset + tensor.values.numel();
-                match slice {
-                    Slice::F32(slice) => View::F32(slice.slice_mut(part)),
-                    Slice::F64(slice) => View::F64(slice.slice_mut(part)),
-                    Slice::F16(slice) => View::F16(slice.slice_mut(part)),
-                    Slice::BF16(slice) => View::BF16(slice.slice_mut(part)),
-                }
+            .zip(parts.iter().cloned())
+            .map(|((slice, _), part)| match slice {
+                Slice::F32(slice) => View::F32(slice.slice_mut(part)),
+                Slice::F64(slice) => View::F64(slice.slice_mut(part)),
+                Slice::F16(slice) => View::F16(slice.slice_mut(part)),
+                Slice::BF16(slice) => View::BF16(slice.slice_mut(part)),
             })
             .collect();
         let mut grads: Vec<&mut dyn DeviceGradMut> =

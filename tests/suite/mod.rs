@@ -8,6 +8,7 @@ pub mod device;
 pub mod example_cuda_graph;
 pub mod example_fused_adamw;
 mod golden;
+mod into;
 mod parity;
 mod scoped;
 mod semantics;

@@ -10,6 +10,7 @@ use std::{env, fs};
 use anyhow::{ensure, Context, Result};
 use bytemuck::{bytes_of, Zeroable};
 use gradclip::abi::{ClampBounds, ClipParams, StatsSlot};
+use gradclip::NormType;
 
 use super::toolchain::{self, Build};
 
@@ -47,6 +48,9 @@ pub struct Tensor {
 pub enum Operation {
     /// norm_partials, clip_coef, scale.
     ClipNorm { max_norm: f64, eps: f64, loss_scale: f64, norm_type: u32, nonfinite: u32 },
+    /// norm_partials, clip_coef, scale_into: to outputs of the type of each tensor, or of f32. Output i starts
+    /// `misalign + i` elements after a 16-byte border, and every byte of it is [`STALE`] before.
+    ClipNormInto { max_norm: f64, loss_scale: f64, nonfinite: u32, to_f32: bool, misalign: usize },
     /// clip_coef_of_norm, scale_any.
     ClipWithNorm { total_norm: f64, max_norm: f64, loss_scale: f64, nonfinite: u32 },
     /// scoped_partials or scoped_stats, scoped_coefs, scoped_scale: of each row, or all in one group.
@@ -54,6 +58,8 @@ pub enum Operation {
     /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
     Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
 }
+
+pub const STALE: u8 = 0x55;
 
 #[derive(Debug, Clone)]
 pub struct Case {
@@ -93,6 +99,8 @@ pub struct Outcome {
     pub report: Report,
     /// The data of each tensor afterwards.
     pub tensors: Vec<Vec<u8>>,
+    /// That of the outputs, if there are any.
+    pub outputs: Vec<Vec<u8>>,
     /// Of [`Operation::Scoped`].
     pub groups: Vec<Report>,
     pub stats: Vec<StatsSlot>,
@@ -213,6 +221,7 @@ impl Case {
                 Operation::Clamp { .. } => 1,
                 Operation::ClipWithNorm { .. } => 2,
                 Operation::Scoped { one_group, stats, .. } => 3 + 2 * u32::from(one_group) + u32::from(stats),
+                Operation::ClipNormInto { .. } => 7,
             },
             self.table_in_memory.into(),
             self.with_scales.into(),
@@ -230,6 +239,10 @@ impl Case {
                 total_norm = norm;
                 clip = ClipParams { max_norm, loss_scale, nonfinite, ..ClipParams::zeroed() };
             }
+            Operation::ClipNormInto { max_norm, loss_scale, nonfinite, .. } => {
+                let norm_type = NormType::L2 as u32;
+                clip = ClipParams { max_norm, loss_scale, norm_type, nonfinite, ..ClipParams::zeroed() };
+            }
             Operation::Scoped { max_norm, norm_type, nonfinite, .. } => {
                 clip = ClipParams { max_norm, loss_scale: 1.0, norm_type, nonfinite, ..ClipParams::zeroed() };
             }
@@ -241,7 +254,7 @@ impl Case {
         out.extend(bytes_of(&clip));
         out.extend(bytes_of(&bounds));
         out.extend(total_norm.to_le_bytes());
-        for tensor in &self.tensors {
+        for (index, tensor) in self.tensors.iter().enumerate() {
             ensure!(tensor.data.len() % tensor.dtype.size() == 0, "a part of an element");
             let numel = (tensor.data.len() / tensor.dtype.size()) as u64;
             out.extend((tensor.dtype as u32).to_le_bytes());
@@ -249,8 +262,19 @@ impl Case {
             out.extend(tensor.rows.to_le_bytes());
             out.extend(numel.to_le_bytes());
             out.extend(&tensor.data);
+            if let Some((dtype, misalign)) = self.output(index) {
+                out.extend((dtype as u32).to_le_bytes());
+                out.extend(misalign.to_le_bytes());
+            }
         }
         Ok(())
+    }
+
+    /// Type of an output, and the bytes between a 16-byte border and its first element.
+    pub fn output(&self, index: usize) -> Option<(Dtype, u32)> {
+        let Operation::ClipNormInto { to_f32, misalign, .. } = self.operation else { return None };
+        let dtype = if to_f32 { Dtype::F32 } else { self.tensors[index].dtype };
+        Some((dtype, ((misalign + index) * dtype.size() % 16) as u32))
     }
 }
 
@@ -302,6 +326,13 @@ impl Bytes<'_> {
                 .tensors
                 .iter()
                 .map(|tensor| Ok(self.take(tensor.data.len())?.to_vec()))
+                .collect::<Result<_>>()?,
+            outputs: (0..case.tensors.len())
+                .filter_map(|index| Some((index, case.output(index)?.0)))
+                .map(|(index, dtype)| {
+                    let tensor = &case.tensors[index];
+                    Ok(self.take(tensor.data.len() / tensor.dtype.size() * dtype.size())?.to_vec())
+                })
                 .collect::<Result<_>>()?,
             groups: Vec::new(),
             stats: Vec::new(),

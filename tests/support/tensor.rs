@@ -6,6 +6,7 @@ use gradclip::abi::TILE_BYTES;
 use gradclip::cpu::{AsGrad, AsGradMut, Grad, GradMut};
 use gradclip::Dtype;
 use half::{bf16, f16};
+use std::ops::Range;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Tensor {
@@ -66,6 +67,15 @@ impl Tensor {
     /// As f64, which is exact.
     pub fn values(&self) -> Vec<f64> {
         with_values!(self, values => values.iter().map(|x| x.wide()).collect())
+    }
+
+    /// A part of it, as the library takes it.
+    pub fn part(&self, part: Range<usize>) -> Grad<'_> {
+        with_values!(self, values => values[part].into())
+    }
+
+    pub fn part_mut(&mut self, part: Range<usize>) -> GradMut<'_> {
+        with_values!(self, values => (&mut values[part]).into())
     }
 
     pub fn has_nonfinite(&self) -> bool {
