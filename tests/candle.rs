@@ -349,7 +349,7 @@ fn scopes_count_variables() {
     assert_eq!((report.tensors[1].norm, report.tensors[1].zeros, report.tensors[2].zeros), (0.0, 0, 1));
     assert_eq!(
         (values(&grads, &vars[0]), values(&grads, &vars[3])),
-        (vec![0.6f32, 0.8].iter().map(|&x| x.into()).collect(), vec![1.0])
+        ([0.6f32, 0.8].map(f64::from).to_vec(), vec![1.0])
     );
     assert!(values(&grads, &vars[2])[0].is_nan());
     // The second group has only the variable without gradient.
