@@ -116,6 +116,7 @@ impl ScopedPlan {
     }
 
     #[cfg(any(feature = "cuda", test))]
+    #[cfg(feature = "cuda")]
     pub(crate) fn has_f64(&self) -> bool {
         self.tensors.iter().any(|tensor| tensor.dtype == Dtype::F64 as u32)
     }
