@@ -5,12 +5,13 @@
 #include "scoped.cuh"
 #include "scoped_stats.cuh"
 
-extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)
+// A block less a multiprocessor than for the other orders, or registers are spilled on some targets.
+extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor - 1)
     scoped_partials_p(gradclip::ScopedTable table, gradclip::u32 num_tiles, double* sums, double* scales, double p) {
   gradclip::scoped_partials<gradclip::kP>(table, num_tiles, sums, scales, p);
 }
 
-extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kStatsBlocksPerMultiprocessor)
+extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kStatsBlocksPerMultiprocessor - 1)
     scoped_stats_p(gradclip::ScopedTable table, gradclip::u32 num_tiles, double* sums, double* scales,
                    gradclip::Stats* tile_stats, double p) {
   gradclip::scoped_stats<gradclip::kP>(table, num_tiles, sums, scales, tile_stats, p);

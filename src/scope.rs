@@ -88,7 +88,8 @@ impl<'a> Scope<'a> {
         Self { kind, max_norms: None, telemetry: false, only_measured: false }
     }
 
-    /// A threshold for each group (or tensor, or row); `None`: that one is only measured. Without this, all have the
+    /// A threshold for each group (or tensor, or row); `None`: that one is only measured (and a
+    /// [`loss_scale`](crate::ClipNorm::loss_scale) removed). Without this, all have the
     /// threshold of the call.
     #[must_use]
     pub const fn max_norms(mut self, max_norms: &'a [Option<f64>]) -> Self {
@@ -140,7 +141,7 @@ pub struct ScopedReport {
     groups_of: Vec<Range<usize>>,
 }
 
-/// What was seen of one tensor.
+/// What was seen of one tensor, as it came: with a [`loss_scale`](crate::ClipNorm::loss_scale) still multiplied by it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct TensorStats {

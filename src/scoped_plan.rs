@@ -115,7 +115,7 @@ impl ScopedPlan {
         (tile < u64::from(self.num_tiles)).then(|| self.tensors[after - 1].index as usize)
     }
 
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(feature = "cuda")]
     pub(crate) fn has_f64(&self) -> bool {
         self.tensors.iter().any(|tensor| tensor.dtype == Dtype::F64 as u32)
     }

@@ -1,4 +1,5 @@
 //! The norm that `clip_with_norm` is given.
+#![cfg_attr(not(any(feature = "cuda", feature = "candle", feature = "tch")), allow(dead_code))] // `cpu` takes numbers
 
 use crate::error::{Error, Result};
 use crate::fp_env::DefaultFpEnv;

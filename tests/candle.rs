@@ -81,13 +81,13 @@ fn a_training_step() {
 fn a_given_norm_a_loss_scale_and_the_coefficient_alone() {
     use gradclip::candle::{clip_coef, clip_with_norm, total_norm};
     let (weight, bias, view) = (var(&[0.0]), var(&[0.0]), var(&[0.0]));
-    let vars = [weight.clone(), bias.clone(), view.clone()];
+    let vars = [weight.clone(), bias.clone(), view];
     let transposed = tensor(&[0.0, 0.0, 0.0, 0.0]).reshape((2, 2)).unwrap().t().unwrap();
     let mut grads = store(&vars, &[tensor(&[3.0]), tensor(&[4.0]), transposed]);
     let norm = total_norm(&vars, &grads, NormType::L2).unwrap();
-    let report = clip_with_norm(&[weight.clone()], &mut grads, &norm, 2.5).unwrap().wait().unwrap();
+    let report = clip_with_norm(&vars[..1], &mut grads, &norm, 2.5).unwrap().wait().unwrap();
     assert_eq!((report.total_norm, report.clip_coef, report.written), (5.0, 0.5, true));
-    let report = clip_with_norm(&[bias.clone(), view], &mut grads, 8.0, 4.0).unwrap().wait().unwrap();
+    let report = clip_with_norm(&vars[1..], &mut grads, 8.0, 4.0).unwrap().wait().unwrap();
     assert_eq!((report.total_norm, report.clip_coef), (8.0, 0.5));
     assert_eq!((values(&grads, &weight), values(&grads, &bias)), (vec![1.5], vec![2.0]));
     assert!(clip_with_norm(&vars, &mut grads, -1.0, 1.0).is_err());
@@ -349,7 +349,7 @@ fn scopes_count_variables() {
     assert_eq!((report.tensors[1].norm, report.tensors[1].zeros, report.tensors[2].zeros), (0.0, 0, 1));
     assert_eq!(
         (values(&grads, &vars[0]), values(&grads, &vars[3])),
-        (vec![0.6f32, 0.8].iter().map(|&x| x.into()).collect(), vec![1.0])
+        ([0.6f32, 0.8].map(f64::from).to_vec(), vec![1.0])
     );
     assert!(values(&grads, &vars[2])[0].is_nan());
     // The second group has only the variable without gradient.

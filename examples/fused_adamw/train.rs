@@ -50,7 +50,8 @@ pub struct End {
     pub off: f64,
     pub loss_scale: f32,
     pub steps_left_out: usize,
-    /// Of each step.
+    /// Of each step. The tests look at them.
+    #[allow(dead_code)]
     pub reports: Vec<NormReport>,
 }
 

@@ -23,7 +23,7 @@ pub(super) fn total_norm(
     stream: &Arc<CudaStream>,
     norm_type: NormType,
 ) -> Result<Deferred<NormReport>> {
-    let grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))).collect();
+    let grads: Vec<CudaGrad<'_>> = cuda_grads(&list).collect();
     let pending = cuda::total_norm(stream, &grads, norm_type);
     Deferred::of_call(pending, list.into_variables())
 }
@@ -35,7 +35,7 @@ pub(super) fn clip_grad_norm(
     store: &mut GradStore,
     clip: ClipNorm,
 ) -> Result<Deferred<NormReport>> {
-    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))).collect();
+    let mut grads: Vec<CudaGrad<'_>> = cuda_grads(&list).collect();
     let pending = cuda::clip_grad_norm(stream, &mut grads, clip);
     if pending.is_ok() {
         list.put_back(vars, store); // whether they were scaled, the device knows; if not, they are what they were
@@ -51,7 +51,7 @@ pub(super) fn clip_with_norm(
     total_norm: TotalNorm<'_>,
     clip: ClipNorm,
 ) -> Result<Deferred<NormReport>> {
-    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let mut grads: Vec<CudaGrad<'_>> = cuda_grads(&list).collect();
     let pending = cuda::clip_with_norm(stream, &mut grads, total_norm, clip);
     if pending.is_ok() {
         list.put_back(vars, store);
@@ -60,7 +60,7 @@ pub(super) fn clip_with_norm(
 }
 
 pub(super) fn clip_coef(list: GradList, stream: &Arc<CudaStream>, clip: ClipNorm) -> Result<Deferred<NormReport>> {
-    let grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(CudaGrad).collect();
+    let grads: Vec<CudaGrad<'_>> = cuda_grads(&list).collect();
     let pending = cuda::clip_coef(stream, &grads, clip);
     Deferred::of_call(pending, list.into_variables())
 }
@@ -72,7 +72,7 @@ pub(super) fn clip_grad_value(
     store: &mut GradStore,
     clip: ClipValue,
 ) -> Result<Deferred<ValueReport>> {
-    let mut grads: Vec<CudaGrad<'_>> = list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))).collect();
+    let mut grads: Vec<CudaGrad<'_>> = cuda_grads(&list).collect();
     let pending = cuda::clip_grad_value(stream, &mut grads, clip);
     if pending.is_ok() {
         list.put_back(vars, store);
@@ -103,9 +103,13 @@ pub(super) fn clip_grad_norm_by(
     Ok(DeferredScoped::on_device(pending))
 }
 
+fn cuda_grads(list: &GradList) -> impl Iterator<Item = CudaGrad<'_>> {
+    list.tensors().iter().map(|tensor| CudaGrad(Some(tensor)))
+}
+
 /// Every variable has a place, so that all indices are those of variables.
 fn all_variables(list: &GradList, num_vars: usize) -> Vec<CudaGrad<'_>> {
-    list.variables().spread(num_vars, CudaGrad(None), list.tensors().iter().map(|tensor| CudaGrad(Some(tensor))))
+    list.variables().spread(num_vars, CudaGrad(None), cuda_grads(list))
 }
 
 /// A contiguous CUDA tensor of a dtype that is supported, or the gradient that a variable has not.
