@@ -84,6 +84,7 @@
 //! * The norm is of order 2, 1, infinity or any other above 0: [`NormType`]. Powers neither overflow nor vanish.
 //! * With a [loss scale](ClipNorm::loss_scale) `S`, `N` is the measured norm over `S`, every element becomes
 //!   `x * clip_coef / S`, and [`found_inf`](NormReport::found_inf) says that the scaled gradients overflowed.
+//! * Gradients can be added to a [`RunningNorm`](cpu::RunningNorm) one after the other, as backward produces them.
 //! * [`NonFinite`] says what happens when the norm is NaN or infinite: `Skip`, `Zero`, `Propagate`, `Error`.
 //! * Out of place ([`cpu::clip_grad_norm_into`]) each output is `x * clip_coef` rounded once to its own type, and is
 //!   written also where nothing is clipped. Only a norm that is skipped, or an error, leaves the outputs as they were.

@@ -183,6 +183,44 @@ fn any_order_costs_no_more_calls() {
     });
 }
 
+/// A launch for each call that adds, two for the clip. In the first step the partials are copied when they outgrow their
+/// memory, on the device; afterwards nothing is, nor allocated.
+#[test]
+fn running_norms_only_launch() {
+    with_bench(|mut bench| {
+        for (count, part) in [(5, 1), (40, 7), (700, 300)] {
+            let list = list_of(count);
+            let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+            let mut norm = bench.clipper.running_norm(NormType::L2).unwrap();
+            let adds = count.div_ceil(part) as u64;
+            device.with(&list, |grads| {
+                for step in 0..3 {
+                    let added = bench.count(|_| {
+                        for part in grads.chunks(part) {
+                            norm.add(part).unwrap();
+                        }
+                    });
+                    let clipped = bench.count(|_| norm.clip(grads, 1.0).unwrap());
+                    if step > 0 {
+                        assert_only_launches(&added, adds, &format!("{count} tensors, step {step}"));
+                        assert_only_launches(&clipped, 2, &format!("{count} tensors, clip in step {step}"));
+                        continue;
+                    }
+                    assert_eq!((added.launches, added.syncs, added.dtoh_calls), (adds, 0, 0), "{count} tensors");
+                    assert_eq!((clipped.launches, clipped.syncs), (2, 0), "{count} tensors");
+                    // Doubling: 2, 3 or 4 times for 5, 40 and 700 tiles; sums and scales.
+                    let copies = 2 * u64::from((count as f64 / part as f64).log2().ceil() as u32);
+                    assert_eq!(added.dtod_calls, copies, "{count} tensors");
+                    let tables = list.chunks(part).filter(|part| part.len() > 160).count() as u64;
+                    assert_eq!(added.htod_calls, tables, "{count} tensors");
+                }
+                let measured = bench.count(|_| norm.total_norm().unwrap());
+                assert_only_launches(&measured, 1, "measured");
+            });
+        }
+    });
+}
+
 #[test]
 fn an_empty_list_still_reports() {
     with_bench(|mut bench| {

@@ -29,6 +29,8 @@ enum Verb {
     Measure,
     ByTensor,
     MeasureByTensor,
+    /// Added in two calls, the first of which grows what the second outgrows.
+    Running,
 }
 
 fn call(clipper: &mut Clipper, list: &[Tensor], device: &mut OnDevice, verb: Verb) -> gradclip::Result<f64> {
@@ -39,6 +41,14 @@ fn call(clipper: &mut Clipper, list: &[Tensor], device: &mut OnDevice, verb: Ver
         Verb::ByTensor => {
             let report = clipper.clip_grad_norm_by(grads, &Scope::per_tensor().telemetry(), 1.0)?.wait()?;
             Ok(report.groups[LAST.min(report.groups.len() - 1)].total_norm)
+        }
+        Verb::Running => {
+            let mut norm = clipper.running_norm(NormType::L2)?;
+            norm.add(&grads[..1])?;
+            if norm.add(&grads[1..]).is_err() {
+                norm.add(&grads[1..])?; // a call that failed has added nothing
+            }
+            norm.clip(grads, 1.0)?.wait().map(|report| report.total_norm)
         }
         Verb::MeasureByTensor => {
             let report = clipper.norms_by(grads, &Scope::per_tensor(), NormType::L2)?.wait()?;
@@ -76,7 +86,7 @@ fn settle(double: &Double, context: &CudaContext) {
 #[test]
 fn every_driver_call_fails_once() {
     let Some(double) = double::lock() else { return };
-    for verb in [Verb::Norm, Verb::Value, Verb::Measure, Verb::ByTensor, Verb::MeasureByTensor] {
+    for verb in [Verb::Norm, Verb::Value, Verb::Measure, Verb::ByTensor, Verb::MeasureByTensor, Verb::Running] {
         every_call_fails_once(&double, verb, &list(), stream);
         every_call_fails_once(&double, verb, &list()[LAST - 2..], tracked_stream);
     }

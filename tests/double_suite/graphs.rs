@@ -154,6 +154,53 @@ fn later_calls_do_not_disturb_a_captured_one() {
     assert_eq!(double.violated_guards(), 0);
 }
 
+/// A whole step of a running norm, captured: each replay adds up what is there then.
+#[test]
+fn running_norms_are_captured() {
+    let Some(double) = double::lock() else { return };
+    let stream = stream();
+    let clipper = Clipper::new(&stream).unwrap();
+    for count in [3, 400] {
+        let mut list = grads(&stream, count);
+        let mut norm = clipper.running_norm(NormType::L2).unwrap();
+        let step = |norm: &mut cuda::RunningNorm, list: &mut [CudaSlice<f32>], max_norm: f64| {
+            norm.add(&list[..1]).unwrap();
+            norm.add(&list[1..]).unwrap();
+            norm.clip(list, max_norm)
+        };
+        let needs = |error: Error| matches!(error, Error::CaptureNeedsWarmup { .. });
+        stream.begin_capture(MODE).unwrap();
+        assert!(needs(norm.add(&list).unwrap_err()), "the partials");
+        assert!(needs(clipper.running_norm(NormType::L2).unwrap_err()), "another norm");
+        stream.end_capture(FLAGS).ok();
+        step(&mut norm, &mut list, f64::INFINITY).unwrap();
+
+        stream.begin_capture(MODE).unwrap();
+        let captured = step(&mut norm, &mut list, 1.0).unwrap();
+        let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+        // Something else in between, for which its memory grows.
+        let others = grads(&stream, 2 * count);
+        norm.add(&others).unwrap();
+        assert!(
+            (norm.total_norm().unwrap().wait().unwrap().total_norm / (50.0 * count as f64).sqrt() - 1.0).abs() < 1e-7
+        );
+        for factor in [1.0f32, 2.0] {
+            for grad in &mut list {
+                stream.memcpy_htod(&[3.0 * factor, 4.0 * factor], grad).unwrap();
+            }
+            graph.launch().unwrap();
+            let expected = f64::from(factor) * 5.0 * (count as f64).sqrt();
+            assert!((captured.wait().unwrap().total_norm / expected - 1.0).abs() < 1e-7);
+            let clipped = stream.clone_dtoh(&list[count - 1]).unwrap();
+            assert!((f64::from(clipped[0]) / (3.0 * f64::from(factor) / expected) - 1.0).abs() < 1e-6, "{clipped:?}");
+        }
+        drop(norm);
+        graph.launch().unwrap(); // what it uses is still there
+        stream.synchronize().unwrap();
+    }
+    assert_eq!(double.violated_guards(), 0);
+}
+
 #[test]
 fn norms_of_any_order_are_captured() {
     let Some(double) = double::lock() else { return };

@@ -10,6 +10,7 @@ pub mod example_fused_adamw;
 mod golden;
 mod into;
 mod parity;
+mod running;
 mod scoped;
 mod semantics;
 
