@@ -1,12 +1,12 @@
 //! Gradients sharded over processes, clipped by the norm over all of them; the processes talk by MPI.
 //!
 //! A small network is trained on two spirals by data parallelism with sharded parameters, as ZeRO and FSDP do it: each
-//! process has a part of every batch, and the gradients' sum is cut into shards, one for each process but the last, which
-//! has none. One bias is replicated instead: the processes with shards hold a copy each, and it counts once. Between the
-//! gradients and the step stands one call on each process:
+//! process has a part of every batch, and the gradients' sum is cut into shards, one for each process but the last,
+//! which has none. One bias is replicated instead: the processes with shards hold a copy each, and it counts once.
+//! Between the gradients and the step stands one call on each process:
 //!
 //! ```text
-//! let report = cpu::clip_grad_norm_sharded(&mut grads, &copies, clip, &mut world)?; // one collective of 32 bytes a rank
+//! let report = cpu::clip_grad_norm_sharded(&mut grads, &copies, clip, &mut world)?; // one collective
 //! ```
 //!
 //! What it checks as it goes, and ends with an error if it is not so:

@@ -8,8 +8,8 @@ use mpi::traits::{Communicator, Root};
 
 use crate::model::{fingerprint, Parameters, B2};
 
-/// A part of all parameters but one bias, in the order of [`Parameters`] and cut without regard to layers, as FSDP does it;
-/// and a copy of that bias. The last of several processes holds neither.
+/// A part of all parameters but one bias, in the order of [`Parameters`] and cut without regard to layers, as FSDP does
+/// it; and a copy of that bias. The last of several processes holds neither.
 pub struct Shards {
     rank: usize,
     holders: usize,
