@@ -155,6 +155,7 @@ mod report;
 mod running_list;
 mod scope;
 mod scoped_plan;
+mod shards;
 mod total_norm;
 mod value_bounds;
 
@@ -163,6 +164,7 @@ pub use error::{Error, Result};
 pub use options::{ClipNorm, ClipValue, NonFinite, NormType};
 pub use report::{NormReport, Report, ValueReport};
 pub use scope::{Scope, ScopedReport, TensorStats};
+pub use shards::{AllGather, Copies, NormPartial};
 pub use total_norm::TotalNorm;
 
 /// Reports of past calls that a CUDA clipper keeps on the device.

@@ -1,0 +1,1 @@
+fn main() { let u = mpi::initialize(); println!("{}", u.is_some()); }
