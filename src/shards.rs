@@ -10,14 +10,15 @@ use crate::error::{Error, Result};
 use crate::fp_env::DefaultFpEnv;
 use crate::options::NormType;
 
-/// The norm of the gradients of one rank, before the root: what ranks exchange. Merges by addition, for the infinity norm
-/// by maximum.
+/// The norm of the gradients of one rank, before the root: what ranks exchange. Merges by addition, for the infinity
+/// norm by maximum.
 ///
 /// ```text
 /// bytes    little endian
 /// 0..8     sum      f64, not negative; NaN if a gradient is NaN, else infinite if one is
-/// 8..16    scale    f64: the rank adds sum * scale^order to the sum over all ranks. For orders 1 and 2 it is 1, 2^600 or
-///                   2^-600, and leaves 1 only for f64 gradients; for other orders the largest magnitude; 1 where sum is 0
+/// 8..16    scale    f64: the rank adds sum * scale^order to the sum over all ranks. For orders 1 and 2 it is 1,
+///                   2^600 or 2^-600, and leaves 1 only for f64 gradients; for other orders the largest magnitude;
+///                   1 where sum is 0
 /// 16..24   order    f64: 1, 2, infinity or p; for infinity, sum is a maximum
 /// 24..32   tag      "gclipM_1"; or "gclipR_1" of a rank that cannot take part, and then the rest says nothing
 /// ```
@@ -27,9 +28,9 @@ use crate::options::NormType;
 /// ```
 /// use gradclip::{cpu, Copies, NormPartial, NormType};
 /// let (mut here, there) = ([[3.0f32]], [[4.0f32]]); // two ranks
-/// let partials = [cpu::norm_partial(&here, Copies::One, NormType::L2)?, cpu::norm_partial(&there, Copies::One, NormType::L2)?];
-/// let bytes = partials.map(|partial| partial.to_bytes()); // ... any engine carries them to all ranks ...
-/// let gathered = [NormPartial::from_bytes(&bytes[0])?, NormPartial::from_bytes(&bytes[1])?];
+/// let mine = cpu::norm_partial(&here, Copies::One, NormType::L2)?.to_bytes();
+/// let other = cpu::norm_partial(&there, Copies::One, NormType::L2)?.to_bytes(); // ... any engine carries them ...
+/// let gathered = [NormPartial::from_bytes(&mine)?, NormPartial::from_bytes(&other)?];
 /// let total_norm = NormPartial::merge(&gathered)?.total_norm()?;
 /// assert_eq!(total_norm, 5.0);
 /// cpu::clip_with_norm(&mut here, total_norm, 1.0)?;
@@ -116,11 +117,11 @@ impl NormPartial {
         }
     }
 
-    /// The partial of all ranks together, from those of each in rank order. What it is of several merged partials can be
-    /// merged again: of nodes, then of all nodes; in its last bits the norm depends on how.
+    /// The partial of all ranks together, from those of each in rank order. What it is of several merged partials can
+    /// be merged again: of nodes, then of all nodes; in its last bits the norm depends on how.
     ///
-    /// The order of the additions is that of stage 2 (`docs/numerics.md`), with ranks for tiles: it goes by rank alone, so
-    /// that all ranks get the same bits.
+    /// The order of the additions is that of stage 2 (`docs/numerics.md`), with ranks for tiles: it goes by rank alone,
+    /// so that all ranks get the same bits.
     ///
     /// # Errors
     /// [`Error::RankFailed`] if a rank could not take part, or measured a norm of another order than rank 0;
@@ -186,12 +187,13 @@ fn is_valid(partial: &abi::NormPartial) -> bool {
 
 /// How many ranks list each gradient, so that each parameter is counted once.
 ///
-/// A gradient that `n` ranks hold, all the same, counts with a share of `1 / n` in each: its sum of `|x|^p` is divided by
-/// `n`, tile by tile. One that another rank counts is 0: its elements are scaled here, not counted. For the infinity norm,
-/// where counting twice does no harm, only 0 matters. A NaN or an Inf counts in any case, so that all ranks see it.
+/// A gradient that `n` ranks hold, all the same, counts with a share of `1 / n` in each: its sum of `|x|^p` is divided
+/// by `n`, tile by tile. One that another rank counts is 0: its elements are scaled here, not counted. For the infinity
+/// norm, where counting twice does no harm, only 0 matters. A NaN or an Inf counts in any case, so that all ranks see
+/// it.
 ///
-/// With an owner for each (1 there, 0 elsewhere) nothing is rounded; a share is rounded where `n` is no power of 2. It is
-/// what Megatron's `param_is_not_tensor_parallel_duplicate` selects.
+/// With an owner for each (1 there, 0 elsewhere) nothing is rounded; a share is rounded where `n` is no power of 2. It
+/// is what Megatron's `param_is_not_tensor_parallel_duplicate` selects.
 ///
 /// ```
 /// use gradclip::{cpu, Copies, NormPartial, NormType};
@@ -249,8 +251,8 @@ impl<'a> From<&'a Vec<u32>> for Copies<'a> {
     }
 }
 
-/// What carries partials between ranks: MPI, gloo, sockets, threads. An engine of the caller's, of which one collective is
-/// needed.
+/// What carries partials between ranks: MPI, gloo, sockets, threads. An engine of the caller's, of which one collective
+/// is needed.
 #[cfg_attr(
     feature = "cuda",
     doc = "For partials that stay on a GPU it is [`DeviceAllGather`](crate::cuda::DeviceAllGather)."

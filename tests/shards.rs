@@ -34,8 +34,9 @@ fn decided(report: &NormReport) -> (u64, u64, u64, bool, Option<usize>) {
     (total_norm.to_bits(), clip_coef.to_bits(), multiplier.to_bits(), found_inf, first_nonfinite_rank)
 }
 
-/// A model of shards (on one rank each), of parameters that some ranks share, each counted by its shares or by its owner, and
-/// ranks with nothing. The truth is that of each parameter once: Megatron filters duplicates and adds up the p-th powers.
+/// A model of shards (on one rank each), of parameters that some ranks share, each counted by its shares or by its
+/// owner, and ranks with nothing. The truth is that of each parameter once: Megatron filters duplicates and adds up the
+/// p-th powers.
 #[test]
 fn each_parameter_counts_once() {
     let mut rng = SmallRng::seed_from_u64(1);
@@ -197,7 +198,8 @@ fn what_one_rank_sees_all_decide_by() {
 #[test]
 fn a_rank_that_is_refused_is_an_error_on_all() {
     type Call = fn(&mut [[f32; 2]; 2], &mut world::Rank<'_>) -> gradclip::Result<NormReport>;
-    let calls: [(Call, fn(&Error) -> bool); 6] = [
+    type Expected = fn(&Error) -> bool;
+    let calls: [(Call, Expected); 6] = [
         (
             |grads, rank| cpu::clip_grad_norm_sharded(grads, Copies::One, -1.0, rank),
             |error| matches!(error, Error::InvalidThreshold { name: "max_norm", .. }),

@@ -13,14 +13,14 @@ use crate::report::NormReport;
 use crate::shards::{check_world_size, AllGather, Copies, NormPartial};
 
 /// The partial norm of the gradients of this rank, to be exchanged and [merged](NormPartial::merge); then
-/// [`clip_with_norm`](super::clip_with_norm) clips by the norm over all ranks. [`clip_grad_norm_sharded`] does the three
-/// in one call.
+/// [`clip_with_norm`](super::clip_with_norm) clips by the norm over all ranks. [`clip_grad_norm_sharded`] does the
+/// three in one call.
 ///
 /// Cost: reads each gradient once, writes nothing; all cores.
 ///
 /// # Errors
-/// As [`total_norm`](super::total_norm); [`Error::ScopeLength`] if `copies` has not one entry for each gradient. The other
-/// ranks wait for a partial all the same: send them [`NormPartial::refused`].
+/// As [`total_norm`](super::total_norm); [`Error::ScopeLength`] if `copies` has not one entry for each gradient. The
+/// other ranks wait for a partial all the same: send them [`NormPartial::refused`].
 pub fn norm_partial<'a, G: AsGrad>(
     grads: &[G],
     copies: impl Into<Copies<'a>>,
@@ -48,18 +48,18 @@ pub fn total_norm_sharded<'a, G: AsGrad, E: AllGather>(
     Ok(over_ranks(local, &clip, ranks)?.0)
 }
 
-/// [`clip_grad_norm`](super::clip_grad_norm) by the norm over the gradients of all ranks: each rank has some of them, whole
-/// or in part (FSDP and ZeRO shards, tensor and pipeline parallelism), or none.
+/// [`clip_grad_norm`](super::clip_grad_norm) by the norm over the gradients of all ranks: each rank has some of them,
+/// whole or in part (FSDP and ZeRO shards, tensor and pipeline parallelism), or none.
 ///
 /// Formula, options and policies are those of [`ClipNorm`], and have to be the same on all ranks. `copies` says which
-/// gradients are on several ranks, so that each parameter counts once: [`Copies::One`] if none is. The ranks exchange one
-/// [`NormPartial`] each, 32 bytes, through an engine of the caller's, and every rank finishes the same sum: so
+/// gradients are on several ranks, so that each parameter counts once: [`Copies::One`] if none is. The ranks exchange
+/// one [`NormPartial`] each, 32 bytes, through an engine of the caller's, and every rank finishes the same sum: so
 /// `total_norm`, `clip_coef` and what is decided are the same bits everywhere. A NaN on one rank is one on all: each
 /// leaves its gradients alone, or does what [`NonFinite`](crate::NonFinite) says, and the report says which rank was
 /// [first](NormReport::first_nonfinite_rank).
 ///
-/// The norm differs from that of the same gradients in one list by no more than the bounds of `docs/numerics.md`: a shard
-/// starts a tile. It does not depend on how fast the ranks are.
+/// The norm differs from that of the same gradients in one list by no more than the bounds of `docs/numerics.md`: a
+/// shard starts a tile. It does not depend on how fast the ranks are.
 ///
 /// Every rank calls it, also with an empty list: the collective waits for all. That is also so where a rank is refused
 /// (a bad threshold, list or `copies`): it takes part, returns its own error, and all others get
@@ -69,7 +69,8 @@ pub fn total_norm_sharded<'a, G: AsGrad, E: AllGather>(
 ///
 /// # Errors
 /// As [`clip_grad_norm`](super::clip_grad_norm), and [`Error::ScopeLength`] if `copies` has not one entry for each
-/// gradient; [`Error::RankFailed`]; [`Error::Exchange`] from the engine, of which the other ranks are not told. Nothing is touched then.
+/// gradient; [`Error::RankFailed`]; [`Error::Exchange`] from the engine, of which the other ranks are not told. Nothing
+/// is touched then.
 ///
 /// ```
 /// use gradclip::{cpu, AllGather, Copies, Error};

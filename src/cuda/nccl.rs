@@ -15,12 +15,12 @@ const LIBRARY: &str = if cfg!(windows) { "nccl.dll" } else { "libnccl.so" };
 const FUNCTIONS: [&str; 6] =
     ["ncclGetUniqueId", "ncclCommInitRank", "ncclCommInitAll", "ncclCommAbort", "ncclAllGather", "ncclGetVersion"];
 
-/// Whether NCCL is installed, under a name that cudarc finds. Call it before anything of `cudarc::nccl`, which panics where
-/// it is not. Loads the library, asks nothing of any GPU; the answer is kept for the life of the process.
+/// Whether NCCL is installed, under a name that cudarc finds. Call it before anything of `cudarc::nccl`, which panics
+/// where it is not. Loads the library, asks nothing of any GPU; the answer is kept for the life of the process.
 ///
 /// # Errors
-/// [`Error::NcclMissing`]. Packages that hold only `libnccl.so.2` (`libnccl2` of Debian and Ubuntu, the Python wheels) are not
-/// enough: cudarc looks for `libnccl.so`, which `libnccl-dev` has, or a link of that name on `LD_LIBRARY_PATH`.
+/// [`Error::NcclMissing`]. Packages that hold only `libnccl.so.2` (`libnccl2` of Debian and Ubuntu, the Python wheels)
+/// are not enough: cudarc looks for `libnccl.so`, which `libnccl-dev` has, or a link of that name on `LD_LIBRARY_PATH`.
 pub fn check_nccl() -> Result<()> {
     static FOUND: OnceLock<Result<()>> = OnceLock::new();
     FOUND.get_or_init(find).clone()
@@ -30,8 +30,8 @@ fn find() -> Result<()> {
     // SAFETY: loading NCCL runs its initialisers, as any program that uses it does.
     let library = unsafe { libloading::Library::new(LIBRARY) }.map_err(|error| Error::NcclMissing {
         reason: format!(
-            "{LIBRARY} could not be loaded ({}). cudarc does not look for libnccl.so.2; where that is all there is, put a \
-             link of the name {LIBRARY} to it on LD_LIBRARY_PATH",
+            "{LIBRARY} could not be loaded ({}). cudarc does not look for libnccl.so.2; where that is all there is, put \
+             a link of the name {LIBRARY} to it on LD_LIBRARY_PATH",
             loader_text(&error)
         ),
     })?;
@@ -46,8 +46,8 @@ fn find() -> Result<()> {
     }
 }
 
-// SAFETY: `ncclAllGather` enqueues on the communicator's stream, which is checked to be the one, a gathering of that many
-// bytes in rank order, and touches nothing else.
+// SAFETY: `ncclAllGather` enqueues on the communicator's stream, which is checked to be the one, a gathering of that
+// many bytes in rank order, and touches nothing else.
 unsafe impl DeviceAllGather for Comm {
     type Error = String;
 

@@ -1,7 +1,7 @@
 //! A norm over several ranks, on device memory. Twin of `src/cpu/shards.rs`.
 //!
-//! The partial of this rank, and those of all, stay on the device: what exchanges them enqueues on the clipper's stream,
-//! between two kernels.
+//! The partial of this rank, and those of all, stay on the device: what exchanges them enqueues on the clipper's
+//! stream, between two kernels.
 
 use super::clipper::{clip_params, finish, Clipper};
 use super::device_table::DeviceTable;
@@ -21,13 +21,14 @@ use cudarc::driver::CudaStream;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-/// What carries partials between ranks where they lie on GPUs: NCCL (with the feature `nccl`, cudarc's `Comm` is one), or an
-/// engine of the caller's, of which one collective is needed. The other half is [`NormPartial`], whose layout they have.
+/// What carries partials between ranks where they lie on GPUs: NCCL (with the feature `nccl`, cudarc's `Comm` is one),
+/// or an engine of the caller's, of which one collective is needed. The other half is [`NormPartial`], whose layout
+/// they have.
 ///
 /// # Safety
-/// `all_gather`, when it has returned `Ok`, has enqueued work on `stream` that writes to `all` the `bytes` bytes at `mine` of
-/// each of `world_size` ranks, in rank order, and that touches no other memory of the clipper's and these not after work
-/// that is enqueued on the stream later.
+/// `all_gather`, when it has returned `Ok`, has enqueued work on `stream` that writes to `all` the `bytes` bytes at
+/// `mine` of each of `world_size` ranks, in rank order, and that touches no other memory of the clipper's and these not
+/// after work that is enqueued on the stream later.
 pub unsafe trait DeviceAllGather {
     /// Its text becomes that of [`Error::Exchange`].
     type Error: std::fmt::Display;
@@ -41,8 +42,8 @@ pub unsafe trait DeviceAllGather {
     /// Those of the engine. Nothing is clipped then.
     ///
     /// # Safety
-    /// `mine` is the address of `bytes` bytes of device memory, and `all` that of `world_size` times as many, in the context
-    /// of `stream`, until the work has run; nothing else uses them at that time.
+    /// `mine` is the address of `bytes` bytes of device memory, and `all` that of `world_size` times as many, in the
+    /// context of `stream`, until the work has run; nothing else uses them at that time.
     unsafe fn all_gather(
         &self,
         stream: &Arc<CudaStream>,
@@ -53,11 +54,11 @@ pub unsafe trait DeviceAllGather {
 }
 
 impl Clipper {
-    /// Norm over the gradients of all ranks; [`clip_grad_norm_sharded`](Self::clip_grad_norm_sharded) without the clipping.
-    /// Every rank calls it.
+    /// Norm over the gradients of all ranks; [`clip_grad_norm_sharded`](Self::clip_grad_norm_sharded) without the
+    /// clipping. Every rank calls it.
     ///
-    /// Cost: reads each gradient once; three launches, one more where `copies` are others than 1, and one collective of 32
-    /// bytes a rank. No wait.
+    /// Cost: reads each gradient once; three launches, one more where `copies` are others than 1, and one collective of
+    /// 32 bytes a rank. No wait.
     ///
     /// # Errors
     /// As [`clip_grad_norm_sharded`](Self::clip_grad_norm_sharded).
@@ -79,24 +80,24 @@ impl Clipper {
         pending.and_then(|pending| released.map(|()| pending))
     }
 
-    /// [`clip_grad_norm`](Self::clip_grad_norm) by the norm over the gradients of all ranks. What it means, `copies`, and
-    /// the bits are those of [`cpu::clip_grad_norm_sharded`](crate::cpu::clip_grad_norm_sharded); the partials stay on the
-    /// device.
+    /// [`clip_grad_norm`](Self::clip_grad_norm) by the norm over the gradients of all ranks. What it means, `copies`,
+    /// and the bits are those of [`cpu::clip_grad_norm_sharded`](crate::cpu::clip_grad_norm_sharded); the partials stay
+    /// on the device.
     ///
-    /// Cost: reads each gradient once; if it clips, reads and writes each once more. Four launches, one more where `copies`
-    /// are others than 1, and one collective of 32 bytes a rank, all on the clipper's stream. No wait (but
-    /// [`NonFinite::Error`](crate::NonFinite::Error) has to wait for the norm); no allocation in a repeated call. It can be
-    /// captured if the engine's collective can, as NCCL's.
+    /// Cost: reads each gradient once; if it clips, reads and writes each once more. Four launches, one more where
+    /// `copies` are others than 1, and one collective of 32 bytes a rank, all on the clipper's stream. No wait (but
+    /// [`NonFinite::Error`](crate::NonFinite::Error) has to wait for the norm); no allocation in a repeated call. It
+    /// can be captured if the engine's collective can, as NCCL's.
     ///
-    /// Every rank calls it, also with an empty list. A rank whose call is refused takes part all the same, and returns its
-    /// own error; the others' gradients stay as they are, their `found_inf` is 1, and [`Pending::wait`] gives them
+    /// Every rank calls it, also with an empty list. A rank whose call is refused takes part all the same, and returns
+    /// its own error; the others' gradients stay as they are, their `found_inf` is 1, and [`Pending::wait`] gives them
     /// [`Error::RankFailed`]. That cannot be where the rank cannot enqueue anything: after [`Error::WrongThread`],
-    /// [`Error::Driver`], [`Error::OutOfMemory`] or [`Error::Exchange`], and during capture. The others wait for it then, as
-    /// for any rank that is lost; the engine's time limit, or abort, is what ends that.
+    /// [`Error::Driver`], [`Error::OutOfMemory`] or [`Error::Exchange`], and during capture. The others wait for it
+    /// then, as for any rank that is lost; the engine's time limit, or abort, is what ends that.
     ///
     /// # Errors
-    /// As [`clip_grad_norm`](Self::clip_grad_norm); [`Error::ScopeLength`] if `copies` has not one entry for each gradient;
-    /// [`Error::Exchange`] from the engine. Nothing is touched then.
+    /// As [`clip_grad_norm`](Self::clip_grad_norm); [`Error::ScopeLength`] if `copies` has not one entry for each
+    /// gradient; [`Error::Exchange`] from the engine. Nothing is touched then.
     #[cfg_attr(
         feature = "nccl",
         doc = "
@@ -206,8 +207,8 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
 
     fn exchange<E: DeviceAllGather>(&self, ranks: &E) -> Result<()> {
         let shards = self.shards.as_ref().ok_or(NOT_LOADED)?;
-        // SAFETY: the buffers have room for one partial, and for one of each rank; they live as long as the clipper, and
-        // every use of them is on its stream.
+        // SAFETY: the buffers have room for one partial, and for one of each rank; they live as long as the clipper,
+        // and every use of them is on its stream.
         let enqueued = unsafe { ranks.all_gather(&self.stream, shards.mine(), shards.all(), NormPartial::BYTES) };
         enqueued.map_err(|error| Error::Exchange { reason: error.to_string() })
     }
@@ -303,8 +304,8 @@ impl Shards {
             arg(&partial),
             arg(&report),
         ];
-        // SAFETY: the arguments mirror fold_partials in kernels/shards.cu; the partials of the tiles were written by the
-        // launches before on the same stream, the slot belongs to this call.
+        // SAFETY: the arguments mirror fold_partials in kernels/shards.cu; the partials of the tiles were written by
+        // the launches before on the same stream, the slot belongs to this call.
         unsafe { one_block(stream, "fold_partials", self.kernels.fold_partials(norm_type), &mut args) }
     }
 
@@ -312,8 +313,8 @@ impl Shards {
     fn clip_coef(&self, stream: &CudaStream, clip: &ClipNorm, world_size: u32, report: u64) -> Result<()> {
         let (partials, params): (u64, ClipParams) = (self.all(), clip_params(clip));
         let mut args = [arg(&partials), arg(&world_size), arg(&params), arg(&report)];
-        // SAFETY: the arguments mirror clip_coef_of_ranks in kernels/shards.cu; the engine has filled the partials in the
-        // order of the stream, the slot belongs to this call.
+        // SAFETY: the arguments mirror clip_coef_of_ranks in kernels/shards.cu; the engine has filled the partials in
+        // the order of the stream, the slot belongs to this call.
         unsafe { one_block(stream, "clip_coef_of_ranks", self.kernels.clip_coef(clip.norm_type), &mut args) }
     }
 }

@@ -161,8 +161,8 @@ fn gradients_are_read_once_or_twice() {
     });
 }
 
-/// Each driver call, and the collective, fails once: a typed error, the gradients untouched unless the launch that writes
-/// them has been made, and the next call works.
+/// Each driver call, and the collective, fails once: a typed error, the gradients untouched unless the launch that
+/// writes them has been made, and the next call works.
 #[test]
 fn every_call_fails_once() {
     const INTERNAL_ERROR: i32 = 3;

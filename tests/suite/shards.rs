@@ -181,7 +181,7 @@ fn one_rank_has_the_bits_of_the_plain_call() {
             let clip = ClipNorm::new(0.01).norm_type(norm_type);
             let mut expected = list.clone();
             let plain = cpu::clip_grad_norm(&mut expected, clip).unwrap();
-            let case = Case { lists: &[list.clone()], copies: &[vec![1; 7]], clip };
+            let case = Case { lists: std::slice::from_ref(&list), copies: &[vec![1; 7]], clip };
             let (report, got) = case.on_device(clipper, norm_type).remove(0);
             assert_eq!(text(&report), text(&Ok(plain)));
             assert_eq!(bits(&got), bits(&expected));
@@ -189,8 +189,8 @@ fn one_rank_has_the_bits_of_the_plain_call() {
     });
 }
 
-/// A rank that cannot take part: its own error there, an error that names it elsewhere, nothing written anywhere; without
-/// reading the report an optimizer finds `found_inf`. The next call works.
+/// A rank that cannot take part: its own error there, an error that names it elsewhere, nothing written anywhere;
+/// without reading the report an optimizer finds `found_inf`. The next call works.
 #[test]
 fn a_rank_that_is_refused_is_an_error_on_all() {
     with_clipper(|clipper| {
