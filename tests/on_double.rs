@@ -51,4 +51,5 @@ mod double {
     pub mod streams;
     pub mod threads;
     pub mod traffic;
+    pub mod variants;
 }
