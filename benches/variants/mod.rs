@@ -63,8 +63,10 @@ pub struct Trials {
     kernels: Kernels,
     cooperative: bool,
     changes: Vec<Change>,
-    /// Why something was not measured, each once.
+    /// What this GPU does not take, each once.
     pub skipped: Vec<String>,
+    /// What should have been measured, and was not right or did not run.
+    pub failed: Vec<String>,
     run: String,
     options: Options,
     /// How many blocks a cooperative launch has, if not as many as fit. The driver double has room for one.
@@ -72,6 +74,9 @@ pub struct Trials {
     /// Every variant is tried, whatever the size of the list: to see that it is right, not how fast it is.
     pub any_size: bool,
 }
+
+/// Whether a change is, by its key.
+pub type Wanted<'a> = &'a dyn Fn(&str) -> bool;
 
 /// What is measured with the same baseline.
 struct Group {
@@ -81,11 +86,11 @@ struct Group {
 }
 
 /// The variants that are measured on a list of that size, or of any, grouped.
-fn groups(bytes: Option<usize>, wanted: &str) -> Vec<Group> {
+fn groups(bytes: Option<usize>, wanted: Wanted) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for variant in variants() {
         let [least, most] = variant.bytes;
-        if bytes.is_some_and(|bytes| bytes < least || bytes > most) || !variant.change.contains(wanted) {
+        if bytes.is_some_and(|bytes| bytes < least || bytes > most) || !wanted(variant.change) {
             continue;
         }
         for &what in variant.whats {
@@ -116,6 +121,7 @@ impl Trials {
             cooperative,
             changes: described()?.changes,
             skipped: Vec::new(),
+            failed: Vec::new(),
             run,
             options,
             cooperative_blocks: None,
@@ -135,11 +141,11 @@ impl Trials {
         self.arena.poke(at, bytes)
     }
 
-    /// Rows of one list, of changes whose key contains `change`, as they are made; until the deadline.
+    /// Rows of one list, of the changes that are wanted, as they are made; until the deadline.
     pub fn measure(
         &mut self,
         entry: &Entry,
-        change: &str,
+        wanted: Wanted,
         slice: Duration,
         deadline: Instant,
         write: &mut dyn FnMut(Row) -> Result<()>,
@@ -150,7 +156,7 @@ impl Trials {
         let norm = self.clipper.total_norm(&self.arena.grads(entry), NormType::L2)?.wait()?.total_norm;
         let norm = if norm.is_finite() { norm } else { 1.0 }; // a test's list may have none; a threshold has to be
         let with_grads = span <= self.options.check_bits;
-        for group in groups((!self.any_size).then_some(bytes), change) {
+        for group in groups((!self.any_size).then_some(bytes), wanted) {
             if Instant::now() >= deadline {
                 break;
             }
@@ -187,22 +193,30 @@ impl Trials {
                 modes.push((Mode::Eager, Cache::Cold));
             }
             for (mode, cache) in modes {
-                let indices = taken.iter().map(|(_, index)| *index);
                 if mode == Mode::Graph {
-                    for index in std::iter::once(library).chain(indices.clone()) {
-                        loaded.capture(index)?;
-                    }
+                    loaded.capture(library)?;
                 }
-                if cache == Cache::Warm {
-                    for (variant, index) in &taken {
-                        let found = loaded.outcome((*index, mode), with_grads)?;
-                        let what = format!("{} ({})", named(variant.name), mode.name());
-                        ensure!(found == baseline, "{what} is not what the library gives");
-                    }
-                }
+                // One that fails takes nothing from the others.
+                taken.retain(|(variant, index)| {
+                    let found = match mode {
+                        Mode::Eager => Ok(()),
+                        Mode::Graph => loaded.capture(*index),
+                    };
+                    let found = found.and_then(|()| loaded.outcome((*index, mode), with_grads));
+                    let why = match found {
+                        Ok(found) if found == baseline => return true,
+                        Ok(_) => "it does not leave what the library does".to_owned(),
+                        Err(error) => format!("{error:#}"),
+                    };
+                    let why = format!("{} ({}): {why}", named(variant.name), mode.name());
+                    eprintln!("FAILED: {why}");
+                    self.failed.push(why);
+                    false
+                });
                 loaded.restore()?;
-                let cases: Vec<_> =
-                    std::iter::once(library).chain(indices).chain([library]).map(|index| (index, mode)).collect();
+                let indices = taken.iter().map(|(_, index)| *index);
+                let cases = std::iter::once(library).chain(indices).chain([library]).map(|index| (index, mode));
+                let cases: Vec<_> = cases.collect();
                 let times = rounds::measure(&mut loaded, &cases, cache, slice, &self.options)?;
                 let [before, of_variants @ .., after] = times.as_slice() else { continue };
                 let rows = Rows {
