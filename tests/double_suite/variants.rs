@@ -47,25 +47,26 @@ fn size_of_dtype(dtype: &str) -> usize {
     }
 }
 
-/// Bits of values whose squares f32, or f64, cannot hold; and a NaN.
+/// What is put where: values whose squares f32, or f64, cannot hold; a NaN and an Inf.
 fn awkward(dtype: &str) -> Vec<(usize, Vec<u8>)> {
     let tile = 32 << 10;
     match dtype {
-        "f32" => vec![(5000, 1e20f32.to_le_bytes().into())],
+        // The 0 stays what it is, in a pack of which all else changes.
+        "f32" => vec![(5000, 1e20f32.to_le_bytes().into()), (12, vec![0; 4])],
         "f64" => vec![(2 * tile + 4096, 1e200f64.to_le_bytes().into())],
         "bf16" => vec![(tile + 64, vec![0x80, 0x7e])],
         _ => vec![(0, vec![0, 0x7e]), (tile, vec![0, 0x7c])], // f16: NaN, Inf
     }
 }
 
-fn measured(trials: &mut Trials, entry: &Entry) -> Vec<String> {
+fn measured(trials: &mut Trials, entry: &Entry, wanted: trials::Wanted) -> Vec<String> {
     let mut written = Vec::new();
     let mut write = |row: rows::Row| {
         written.push(row.csv);
         Ok(())
     };
     let deadline = Instant::now() + Duration::from_secs(3600);
-    trials.measure(entry, &|_| true, Duration::ZERO, deadline, &mut write).unwrap();
+    trials.measure(entry, wanted, Duration::ZERO, deadline, &mut write).unwrap();
     written
 }
 
@@ -76,6 +77,7 @@ fn every_variant_leaves_the_bits_of_the_library() {
     for (dtype, adverse) in [("f32", false), ("f32", true), ("f64", true), ("f16", false), ("bf16", true)] {
         double.reset();
         double.set_compute_capability(10, 0); // for those of 256 bits
+        double.set_multiprocessors(1); // so that blocks that stay have more than one tile
         double.set_reversed_order(adverse);
         double.set_deferred(adverse);
         let context = cuda::context(0).unwrap();
@@ -89,7 +91,7 @@ fn every_variant_leaves_the_bits_of_the_library() {
                     trials.poke(&entry, at, &bytes).unwrap();
                 }
             }
-            let rows = measured(&mut trials, &entry);
+            let rows = measured(&mut trials, &entry, &|_| true);
             let field = |row: &String, name: &str| {
                 let columns: Vec<&str> = rows::HEADER.split(',').collect();
                 let fields: Vec<&str> = row.split(',').collect();
@@ -117,6 +119,21 @@ fn every_variant_leaves_the_bits_of_the_library() {
     }
 }
 
+/// A tile for each element: more than stage 2 has threads, in every launch that does stage 2 with fewer.
+#[test]
+fn many_tiles_are_folded_as_by_the_library() {
+    let Some(double) = double::lock() else { return };
+    double.set_multiprocessors(1);
+    let context = cuda::context(0).unwrap();
+    let mut trials = Trials::new(&context, tiny()).unwrap();
+    trials.any_size = true;
+    trials.cooperative_blocks = Some(1);
+    let entry = Entry::new(&Shapes { name: "many", numels: vec![1; 1100] }, "f64", 0);
+    let rows = measured(&mut trials, &entry, &|change| ["last block", "cooperative launch"].contains(&change));
+    assert_eq!((&trials.skipped, &trials.failed), (&Vec::new(), &Vec::new()));
+    assert_eq!(rows.len(), 8, "two operations each, eager and as a graph");
+}
+
 /// A GPU that lacks an instruction gets a line that says so, and the rest is measured.
 #[test]
 fn what_a_gpu_lacks_is_said_once() {
@@ -128,7 +145,7 @@ fn what_a_gpu_lacks_is_said_once() {
         let mut trials = Trials::new(&context, tiny()).unwrap();
         trials.any_size = true;
         trials.cooperative_blocks = Some(1);
-        let rows = measured(&mut trials, &list("f32", 0));
+        let rows = measured(&mut trials, &list("f32", 0), &|_| true);
         assert!(rows.iter().any(|row| row.contains(",last block,")));
         assert!(!rows.iter().any(|row| row.contains("256 bits")));
         assert_eq!(rows.iter().any(|row| row.contains(",programmatic launch,")), major >= 9);
