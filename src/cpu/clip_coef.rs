@@ -8,31 +8,36 @@ use crate::abi::{FOLD_THREADS, WARP_THREADS};
 use crate::clip_coef::CANONICAL_NAN;
 use crate::options::NormType;
 
-/// The norm over all tiles: thread t of the kernel takes tiles t, t + 1024, ..., then come two levels of xor trees.
+/// The norm over all tiles.
 pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType) -> f64 {
+    norm_of_total(total_of(partials, norm_type), norm_type)
+}
+
+/// All partials in one: thread t of the kernel takes tiles t, t + 1024, ..., then come two levels of xor trees.
+pub(crate) fn total_of(partials: &[Partial], norm_type: NormType) -> Partial {
     match norm_type {
         // Each step is a power, so it matters whether the processor's fma is used.
-        NormType::P(_) => Isa::detect().run(NormOf { partials, norm_type }),
+        NormType::P(_) => Isa::detect().run(TotalOf { partials, norm_type }),
         _ => fold(partials, norm_type),
     }
 }
 
-struct NormOf<'a> {
+struct TotalOf<'a> {
     partials: &'a [Partial],
     norm_type: NormType,
 }
 
-impl Kernel for NormOf<'_> {
-    type Output = f64;
+impl Kernel for TotalOf<'_> {
+    type Output = Partial;
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> f64 {
+    fn run<S: Simd>(self, _: S) -> Partial {
         fold(self.partials, self.norm_type)
     }
 }
 
 #[inline(always)]
-fn fold(partials: &[Partial], norm_type: NormType) -> f64 {
+fn fold(partials: &[Partial], norm_type: NormType) -> Partial {
     let combine = |a: Partial, b: Partial| a.combine(b, norm_type);
     let thread = |thread: usize| {
         let own = partials.get(thread..).unwrap_or_default();
@@ -44,7 +49,11 @@ fn fold(partials: &[Partial], norm_type: NormType) -> f64 {
         }
         xor_tree(std::array::from_fn::<_, WARP_THREADS, _>(|lane| thread(warp * WARP_THREADS + lane)), combine)
     });
-    let total = xor_tree(warps, combine);
+    xor_tree(warps, combine)
+}
+
+/// Twin: `norm_of` in `kernels/decide.cuh`.
+pub(crate) fn norm_of_total(total: Partial, norm_type: NormType) -> f64 {
     if total.sum.is_nan() {
         return CANONICAL_NAN;
     }

@@ -10,6 +10,7 @@
 #include "../../kernels/scoped.cu"
 #include "../../kernels/scoped_stats.cu"
 #include "../../kernels/scoped_p.cu"
+#include "../../kernels/shards.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
 #define FOLD_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kFoldThreads)
@@ -41,6 +42,11 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(scoped_partials_p),
     TILE_KERNEL(scoped_stats_p),
     FOLD_KERNEL(scoped_coefs_p),
+    TILE_KERNEL(weigh_partials),
+    FOLD_KERNEL(fold_partials),
+    FOLD_KERNEL(fold_partials_p),
+    FOLD_KERNEL(clip_coef_of_ranks),
+    FOLD_KERNEL(clip_coef_of_ranks_p),
     {},
 };
 
