@@ -1,6 +1,6 @@
 //! What a call found and did.
 
-use crate::abi::{action, ReportSlot, NO_RANK, NO_TILE};
+use crate::abi::{action, ReportSlot, NO_TILE};
 
 /// Result of [`clip_grad_norm`](crate::cpu::clip_grad_norm), [`clip_with_norm`](crate::cpu::clip_with_norm),
 /// [`clip_coef`](crate::cpu::clip_coef) or [`total_norm`](crate::cpu::total_norm).
@@ -65,6 +65,12 @@ pub trait Report: sealed::Sealed + Copy {
     #[doc(hidden)]
     #[must_use]
     fn rename_tensors(self, name: &dyn Fn(usize) -> usize) -> Self;
+    /// The same report, of a call over several ranks.
+    #[doc(hidden)]
+    #[must_use]
+    fn of_ranks(self, _first_nonfinite_rank: Option<usize>) -> Self {
+        self
+    }
 }
 
 fn first_nonfinite(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Option<usize> {
@@ -80,11 +86,14 @@ impl Report for NormReport {
             found_inf: slot.found_inf != 0.0,
             written: slot.action != action::KEEP,
             first_nonfinite: first_nonfinite(slot, tensor_of),
-            first_nonfinite_rank: (slot.rank != NO_RANK).then_some(slot.rank as usize),
+            first_nonfinite_rank: None, // only calls over several ranks write it
         }
     }
     fn rename_tensors(self, name: &dyn Fn(usize) -> usize) -> Self {
         Self { first_nonfinite: self.first_nonfinite.map(name), ..self }
+    }
+    fn of_ranks(self, first_nonfinite_rank: Option<usize>) -> Self {
+        Self { first_nonfinite_rank, ..self }
     }
 }
 

@@ -191,6 +191,11 @@ fn every_kernel_of_the_crate_is_there() {
         ("scale_any", 256),
         ("clamp", 256),
         ("clamp_counts", 1024),
+        ("weigh_partials", 256),
+        ("fold_partials", 1024),
+        ("fold_partials_p", 1024),
+        ("clip_coef_of_ranks", 1024),
+        ("clip_coef_of_ranks_p", 1024),
     ] {
         let kernel = kernels.iter().find(|kernel| kernel.symbol == symbol).expect(symbol);
         assert_eq!(kernel.threads, threads, "{symbol}");

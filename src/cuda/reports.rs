@@ -190,25 +190,25 @@ impl<R: Report> Pending<R> {
     /// [`NonFinite::Error`]: crate::NonFinite::Error
     pub fn wait(&self) -> Result<R> {
         let mut slot = self.ring.read(self.slot)?;
-        slot.rank = if self.over_ranks { rank_of(&slot)? } else { NO_RANK };
+        let first_nonfinite_rank = if self.over_ranks { rank_of(&slot)? } else { None };
         slot.action = match self.applied {
             Applied::InPlace => slot.action,
             Applied::Nowhere => action::KEEP,
             Applied::OutOfPlace(nonfinite) => out_of_place(slot.action, slot.total_norm, nonfinite),
         };
-        Ok(R::from_slot(&slot, &|tile| self.plan.tensor_of(tile)))
+        Ok(R::from_slot(&slot, &|tile| self.plan.tensor_of(tile)).of_ranks(first_nonfinite_rank))
     }
 }
 
-/// The rank that the slot of a call over several ranks names.
-fn rank_of(slot: &ReportSlot) -> Result<u32> {
+/// The first rank that is not finite, of a call over several ranks.
+fn rank_of(slot: &ReportSlot) -> Result<Option<usize>> {
     let flags = RANK_REFUSED | RANK_OF_OTHER_ORDER;
     let failed = |reason| Err(Error::RankFailed { rank: (slot.rank & !flags) as usize, reason });
     match slot.rank {
-        NO_RANK => Ok(NO_RANK),
+        NO_RANK => Ok(None),
         rank if rank & RANK_REFUSED != 0 => failed(shards::RANK_REFUSED),
         rank if rank & RANK_OF_OTHER_ORDER != 0 => failed(shards::RANK_OF_OTHER_ORDER),
-        rank => Ok(rank),
+        rank => Ok(Some(rank as usize)),
     }
 }
 

@@ -25,6 +25,26 @@ use std::sync::Arc;
 /// or an engine of the caller's, of which one collective is needed. The other half is [`NormPartial`], whose layout
 /// they have.
 ///
+/// An engine that only knows host memory can be one too, by copying; it has to wait for the stream then.
+///
+/// ```no_run
+/// use gradclip::cuda::{cudarc::driver::{result, CudaStream, DriverError}, DeviceAllGather};
+/// use std::sync::Arc;
+/// /// One process alone, which needs no engine.
+/// struct Alone;
+/// // SAFETY: the copy is of these bytes, to where they belong, in the order of the stream.
+/// unsafe impl DeviceAllGather for Alone {
+///     type Error = DriverError;
+///     fn world_size(&self) -> usize {
+///         1
+///     }
+///     unsafe fn all_gather(&self, on: &Arc<CudaStream>, mine: u64, all: u64, bytes: usize) -> Result<(), DriverError> {
+///         // SAFETY: both are addresses of so many bytes.
+///         unsafe { result::memcpy_dtod_async(all, mine, bytes, on.cu_stream()) }
+///     }
+/// }
+/// ```
+///
 /// # Safety
 /// `all_gather`, when it has returned `Ok`, has enqueued work on `stream` that writes to `all` the `bytes` bytes at
 /// `mine` of each of `world_size` ranks, in rank order, and that touches no other memory of the clipper's and these not
@@ -155,6 +175,7 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         };
         let report = self.reports.address(pending.slot()); // it stays taken after an error: a graph may write it by now
         self.exchange(ranks)?;
+        let _current = CurrentContext::enter(self.stream.context())?; // whatever the engine has left
         let shards = self.shards.as_ref().ok_or(NOT_LOADED)?;
         shards.clip_coef(&self.stream, clip, world_size, report)?;
         if applied == Applied::InPlace {

@@ -2,12 +2,20 @@
 #![allow(dead_code)] // every test binary uses a part
 
 use gradclip::{AllGather, NormPartial};
-use std::sync::{Barrier, Mutex};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 pub struct World {
     size: usize,
-    bytes: Mutex<Vec<u8>>,
-    barrier: Barrier,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    bytes: Vec<u8>,
+    arrived: usize,
+    gatherings: u64,
+    /// A rank has panicked: the others are not to wait for it.
+    lost: bool,
 }
 
 /// One rank's end of it.
@@ -15,19 +23,55 @@ pub struct World {
 pub struct Rank<'w> {
     world: &'w World,
     pub rank: usize,
-    /// Fails after the exchange, as a connection that breaks does.
-    pub broken: bool,
 }
 
 /// Runs `rank` for each of `size` ranks, on threads; what they gave, in rank order.
 pub fn run<R: Send>(size: usize, rank: impl Fn(Rank<'_>) -> R + Sync) -> Vec<R> {
-    let world = World { size, bytes: Mutex::new(vec![0; size * NormPartial::BYTES]), barrier: Barrier::new(size) };
+    let bytes = vec![0; size * NormPartial::BYTES];
+    let state = Mutex::new(State { bytes, arrived: 0, gatherings: 0, lost: false });
+    let world = World { size, state, changed: Condvar::new() };
     std::thread::scope(|scope| {
         let (world, run) = (&world, &rank);
-        let spawn = |rank| scope.spawn(move || run(Rank { world, rank, broken: false }));
+        let spawn = |rank| {
+            scope.spawn(move || {
+                let _leaving = Leaving(world);
+                run(Rank { world, rank })
+            })
+        };
         let threads: Vec<_> = (0..size).map(spawn).collect();
         threads.into_iter().map(|thread| thread.join().expect("a rank panicked")).collect()
     })
+}
+
+/// Tells the others if the rank panics.
+struct Leaving<'w>(&'w World);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().lost = true;
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+impl World {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when all ranks have called it as often; the first to leave cannot come back before the last.
+    fn meet(&self, mut state: MutexGuard<'_, State>) {
+        let number = state.gatherings;
+        state.arrived += 1;
+        if state.arrived == self.size {
+            (state.arrived, state.gatherings) = (0, number + 1);
+            self.changed.notify_all();
+        }
+        let waiting = |state: &mut State| state.gatherings == number && !state.lost;
+        let state = self.changed.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner);
+        assert!(state.gatherings > number, "another rank panicked");
+    }
 }
 
 impl Rank<'_> {
@@ -37,16 +81,17 @@ impl Rank<'_> {
 
     /// Returns when all have called it.
     pub fn gather(&self, mine: &[u8], all: &mut [u8]) {
-        self.world.bytes.lock().expect("no rank panicked")[self.rank * mine.len()..][..mine.len()]
-            .copy_from_slice(mine);
-        self.world.barrier.wait();
-        all.copy_from_slice(&self.world.bytes.lock().expect("no rank panicked"));
-        self.world.barrier.wait();
+        let mut state = self.world.lock();
+        state.bytes[self.rank * mine.len()..][..mine.len()].copy_from_slice(mine);
+        self.world.meet(state);
+        let state = self.world.lock();
+        all.copy_from_slice(&state.bytes);
+        self.world.meet(state);
     }
 }
 
 impl AllGather for Rank<'_> {
-    type Error = &'static str;
+    type Error = std::convert::Infallible;
 
     fn world_size(&self) -> usize {
         self.size()
@@ -54,11 +99,7 @@ impl AllGather for Rank<'_> {
 
     fn all_gather(&mut self, mine: &[u8], all: &mut [u8]) -> Result<(), Self::Error> {
         self.gather(mine, all);
-        if self.broken {
-            Err("the connection broke")
-        } else {
-            Ok(())
-        }
+        Ok(())
     }
 }
 
@@ -94,9 +135,6 @@ mod on_device {
             // SAFETY: there is room for all, and the source lives until the wait is over.
             unsafe { result::memcpy_htod_async(all, &gathered, stream.cu_stream()) }.map_err(|_| "the copy failed")?;
             stream.synchronize().map_err(|_| "the wait failed")?;
-            if self.broken {
-                return Err("the connection broke");
-            }
             Ok(())
         }
     }
