@@ -310,9 +310,9 @@ impl<'a> Loaded<'a> {
         let mut results = vec![0; compared];
         stream.memcpy_dtoh(&self.scratch.slice(..compared), &mut results)?;
         stream.synchronize()?;
-        // The one field that nobody writes.
-        let reserved = offset_of!(ReportSlot, reserved);
-        results[reserved..reserved + 4].fill(0);
+        // The one field that these calls do not write.
+        let rank = offset_of!(ReportSlot, rank);
+        results[rank..rank + 4].fill(0);
         let grads = if with_grads { self.arena.download(self.span)? } else { Vec::new() };
         Ok(Outcome { results, grads })
     }
