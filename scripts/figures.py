@@ -4,7 +4,8 @@
     scripts/figures.py            writes them
     scripts/figures.py --check    fails where a page says something else
 
-They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Records are called cpu-DATE.csv and gpu-NAME-DATE.csv.
+They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Records are called cpu-DATE.csv, gpu-NAME-DATE.csv and
+variants-NAME-DATE.csv; the predictions are those of benches/variants/variants.json.
 scripts/plots.py draws the pictures, of the same records.
 """
 
@@ -13,7 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-from record_to_tables import bars_table, lists_table, quotient, read
+from record_to_tables import bars_table, found, lists_table, quotient, read, rows_of
+from variants import described
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benches" / "record"
@@ -32,7 +34,7 @@ OPS = {
 }
 
 
-def newest(kind):
+def newest(kind, read=read):
     """(path, record) of the newest of a kind, or None."""
     paths = sorted(RECORDS.glob(f"{kind}-*.csv"), key=lambda path: path.stem[-len("2026-11-22"):])
     return (paths[-1], read(paths[-1])) if paths else None
@@ -111,6 +113,21 @@ def gpu_speed(gpu):
     return "No GPU has been measured yet." if gpu is None else picture("gpu", "docs/images/") + bars_table(gpu[1])
 
 
+def predictions(variants):
+    """What is predicted of each change, and what the newest record of the variants found."""
+    lines, results = [], {}
+    if variants is not None:
+        path, rows = variants
+        run, results = rows[0], found(rows)
+        lines = [f"{run['gpu']}, driver {run['driver']}, commit {run['commit']}, {run['date']} "
+                 f"([record](../benches/record/{path.name})).", ""]
+    lines += ["| change | what it should do | where | found |", "|---|---|---|---|"]
+    for change in described()["changes"]:
+        cells = [change["change"], change["prediction"], change["where"], results.get(change["key"], "not measured")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def blocks():
     """{page: {name: text}}"""
     cpu, gpu = newest("cpu"), newest("gpu")
@@ -121,6 +138,7 @@ def blocks():
             "gpu-bars": "Not measured yet." if gpu is None else bars_table(gpu[1]),
             "gpu-lists": "Not measured yet." if gpu is None else
                          lists_table(gpu[1]) + "\n\n" + picture("gpu", "images/", "tensors"),
+            "predictions": predictions(newest("variants", rows_of)),
         },
     }
 

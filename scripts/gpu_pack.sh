@@ -39,8 +39,8 @@ PYTHON
 
 cpu_tests=(accuracy conversions exact fp_env golden hostile into properties threads)
 tests=(on_gpu no_driver "${cpu_tests[@]}")
-pack_built gpu=gpu_bench cpu=cpu_bench golden=golden_tests gradclip=unit_tests -- \
-  cargo test --release --no-run --lib "${tests[@]/#/--test=}" --bench=gpu --bench=cpu
+pack_built gpu=gpu_bench cpu=cpu_bench variants=variants_bench golden=golden_tests gradclip=unit_tests -- \
+  cargo test --release --no-run --lib "${tests[@]/#/--test=}" --bench=gpu --bench=cpu --bench=variants
 pack_built -- cargo build --release --example cuda_graph --example fused_adamw
 pack_built -- cargo build --release --features candle --example exploding_rnn
 pack_built -- cargo build --release -p transformer_lm

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Of a folder that scripts/gpu_pack.sh has packed: run.sh RECORD [SECONDS [BENCH_SECONDS]]
+# Of a folder that scripts/gpu_pack.sh has packed: run.sh RECORD [SECONDS [BENCH_SECONDS]], or run.sh RECORD variants [SECONDS]
 #
 # Runs every GPU test with skips forbidden, those of candle and tch where they were packed, and the examples; measures for
 # BENCH_SECONDS (215), beside PyTorch where python3 has one; then, in what is left of SECONDS (470), the semantics suite
-# under each tool of compute-sanitizer, and the CPU path's tests, as this machine's processor may be another one. The
-# folder RECORD gets:
+# under each tool of compute-sanitizer, and the CPU path's tests, as this machine's processor may be another one; last, with
+# the seconds that are still left, the variants that docs/performance.md predicts. `variants` measures those and does nothing
+# else, in 150 seconds. The folder RECORD gets:
 #   environment.txt  the machine, the driver, the commit, and whether all has passed
 #   tests.txt        what the tests printed
 #   examples.txt     what the examples printed
@@ -13,10 +14,17 @@
 #   tables.md        bench.csv as tables
 #   clocks.csv       clocks, power and temperature of the GPU, every second
 #   sanitizers.txt   what the sanitizers printed
+#   variants.csv     the variants beside the crate's own kernels, row by row as they were measured
+#   variants.txt     the same as a table, and what was skipped
 # Exits with 1 if anything failed or was not finished.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 record=${1:?usage: run.sh RECORD [SECONDS [BENCH_SECONDS]]}
+only_variants=
+if [ "${2:-}" = variants ]; then
+  only_variants=1
+  set -- "$1" "${3:-150}"
+fi
 seconds=${2:-470} bench_seconds=${3:-215}
 mkdir -p "$record"
 tar -C "$here" -xzf "$here/programs.tar.gz"
@@ -59,6 +67,28 @@ nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu
 clocks=$!
 scratch=$(mktemp -d)
 trap 'kill "$clocks" 2>/dev/null; rm -rf "$scratch"' EXIT
+
+# In the time that is left, 15 seconds of which are for what is under way when it ends. That none is left is no failure.
+measure_variants() {
+  local budget=$(($(left) - 15))
+  if [ "$budget" -lt 10 ]; then
+    note "SKIPPED: no time is left for the variants; run.sh RECORD variants"
+    return
+  fi
+  check $((budget + 15)) "$record/variants.txt" "$programs/variants_bench" --budget "$budget" --out "$record/variants.csv"
+  grep -E "SKIPPED|FAILED" "$record/variants.txt" | sed 's/^/variants: /' | tee -a "$record/environment.txt"
+}
+
+finish() {
+  if [ "$failed" = 0 ]; then note "ALL PASSED after $SECONDS s"; else note "SOME FAILED, after $SECONDS s"; fi
+  exit "$failed"
+}
+
+if [ -n "$only_variants" ]; then
+  measure_variants
+  cat "$record/variants.txt"
+  finish
+fi
 
 check 60 "$record/tests.txt" "$programs/no_driver"
 check 150 "$record/tests.txt" "$programs/on_gpu" --test-threads 1
@@ -122,6 +152,6 @@ for test in $(cat "$here/CPU_TESTS"); do check 30 "$record/tests.txt" "$programs
 check 30 "$record/examples.txt" "$programs/exploding_rnn" --quick --out "$scratch/chart.png"
 check 30 "$record/examples.txt" "$programs/transformer_lm" --quick
 
+measure_variants
 cat "$record/tables.md"
-if [ "$failed" = 0 ]; then note "ALL PASSED after $SECONDS s"; else note "SOME FAILED, after $SECONDS s"; fi
-exit "$failed"
+finish

@@ -24,7 +24,8 @@ from pathlib import Path
 from cuda_packages import (KERNELS, NUMERICS, NVRTC, PREBUILT, ROOT, VIRTUAL_ARCH, add_venv_option, fail, find, install,
                            version)
 
-# Where .cu files that include nothing lie, each with its PTX beside it.
+# Where .cu files lie that are not part of the crate, each with its PTX beside it. They may include headers that are beside
+# them, and those of kernels/.
 BESIDE_SOURCE = ("examples/*/*", "benches/*/*")
 
 # The rarer of the two texts of clip_coef.cu came in 8 to 13 of 30 compilations. At 8 of 30 (and independent, which they
@@ -34,10 +35,14 @@ ATTEMPTS = 64
 OPTIONS = (f"--gpu-architecture={VIRTUAL_ARCH}", "--std=c++17", *NUMERICS)
 
 
+def unix_lines(path):
+    return path.read_bytes().replace(b"\r\n", b"\n")
+
+
 def sources():
     """File name to contents, newlines as \\n: every .cu and .cuh of kernels/, in the order of the names."""
     paths = [p for p in KERNELS.iterdir() if p.suffix in (".cu", ".cuh")]
-    return {p.name: p.read_bytes().replace(b"\r\n", b"\n") for p in sorted(paths, key=lambda p: p.name.encode())}
+    return {p.name: unix_lines(p) for p in sorted(paths, key=lambda p: p.name.encode())}
 
 
 def sources_sha256(files):
@@ -78,7 +83,7 @@ class Nvrtc:
         if log:
             print(log, file=sys.stderr)
         if status != 0:
-            fail(f"kernels/{name} does not compile with NVRTC {version(NVRTC)}; its messages are above")
+            fail(f"{name} does not compile with NVRTC {version(NVRTC)}; its messages are above")
         ptx = self.text("PTX", program)
         self.call("nvrtcDestroyProgram", ctypes.byref(program))
         return ptx
@@ -96,8 +101,9 @@ def differ_in_names_only(a, b):
     return lines(a) == lines(b)
 
 
-def compile_towards(committed, nvrtc, name, contents, headers):
-    """The PTX of `name`: the committed one if the compiler gives it, else what it gave last."""
+def compile_towards(path, nvrtc, name, contents, headers):
+    """The PTX of `name`: that at `path` if the compiler gives it, else what it gave last."""
+    committed = body(path.read_text(errors="replace")) if path.exists() else ""
     for attempt in range(1, ATTEMPTS + 1):
         ptx = body(nvrtc.compile(name, contents, headers))
         if ptx == committed or not differ_in_names_only(ptx, committed):
@@ -123,6 +129,19 @@ def snapshot_text(name, sha256, ptx):
     ])
 
 
+def beside_snapshot(source, nvrtc, headers):
+    """(path, text) of the PTX of one file of BESIDE_SOURCE."""
+    path, text = source.with_suffix(".ptx"), unix_lines(source)
+    headers = {**headers, **{path.name: unix_lines(path) for path in sorted(source.parent.glob("*.cuh"))}}
+    if b"#include" not in text:
+        headers = {}
+    # NVRTC knows headers by name, and not by path.
+    by_name = lambda text: text.replace(b'#include "../../kernels/', b'#include "')
+    ptx = compile_towards(path, nvrtc, source.name, by_name(text), {name: by_name(h) for name, h in headers.items()})
+    sha256 = sources_sha256({source.name: text, **headers}) if headers else hashlib.sha256(text).hexdigest()
+    return path, snapshot_text(source.name, sha256, ptx)
+
+
 def make_snapshot(venvs):
     """Path to text, for every .cu file."""
     files = sources()
@@ -135,14 +154,8 @@ def make_snapshot(venvs):
     snapshot = {}
     for name, text in kernels.items():
         path = PREBUILT / f"{Path(name).stem}.ptx"
-        committed = body(path.read_text(errors="replace")) if path.exists() else ""
-        snapshot[path] = snapshot_text(name, sha256, compile_towards(committed, nvrtc, name, text, headers))
-    for source in beside_source(".cu"):
-        path, text = source.with_suffix(".ptx"), source.read_bytes().replace(b"\r\n", b"\n")
-        committed = body(path.read_text(errors="replace")) if path.exists() else ""
-        ptx = compile_towards(committed, nvrtc, source.name, text, {})
-        snapshot[path] = snapshot_text(source.name, hashlib.sha256(text).hexdigest(), ptx)
-    return snapshot
+        snapshot[path] = snapshot_text(name, sha256, compile_towards(path, nvrtc, name, text, headers))
+    return snapshot | dict(beside_snapshot(source, nvrtc, headers) for source in beside_source(".cu"))
 
 
 def committed_files():

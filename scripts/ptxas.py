@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Assembles kernels/prebuilt/*.ptx for every GPU generation and looks at what comes out. No GPU is needed.
 
-    scripts/ptxas.py            print the table, fail on a defect
-    scripts/ptxas.py --write    the same, and write kernels/prebuilt/registers.csv
-    scripts/ptxas.py --check    the same, and fail where the table differs from registers.csv
+    scripts/ptxas.py            print the tables, fail on a defect
+    scripts/ptxas.py --write    the same, and write kernels/prebuilt/registers.csv and benches/variants/registers.csv
+    scripts/ptxas.py --check    the same, and fail where a table differs from its file
+
+The second table is that of the variants that benches/variants.rs measures, for the GPUs that they are meant for. They may
+be slow, and none may be wrong: of the defects, those in results count.
 
 A defect is, in the PTX or in the machine code of any target: an atomic on floats (the order of additions would not be
 fixed), flush to zero or approximate arithmetic; registers spilled or anything else in local memory; a kernel over tensors
@@ -20,11 +23,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cuda_packages import NVDISASM, OLDEST_PTXAS, PREBUILT, PTXAS, ROOT, add_venv_option, fail, find, install, version
+import variants
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 OLDEST_TARGETS = ("sm_75", "sm_90")  # the ends of what CUDA 12.0 knows
 
+# Of the variants: the GPUs that they are to be measured on, and the oldest that takes what those do not.
+VARIANT_TARGETS = {90: "sm_90", 100: "sm_100"}
+
 REGISTERS = PREBUILT / "registers.csv"
+VARIANT_REGISTERS = variants.FOLDER / "registers.csv"
 
 WRONG = {
     r"\b(atom|red)\.\S*\b(b?f16(x2)?|f32|f64)\b": "has an atomic on floats",
@@ -191,6 +199,30 @@ def oldest_driver_defects(tools, modules):
                            f"{result.stderr.strip()}")
 
 
+def measure_variants(tools):
+    """The same of the kernels of benches/variants, by their names; of the defects those in results."""
+    table, defects = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel in variants.described()["kernels"]:
+            name, ptx = kernel["name"].replace(",", ";"), variants.ptx_of(kernel)
+            path = Path(folder) / "variant.ptx"
+            path.write_text(ptx)
+            defects += text_defects(f"variant {name}", ptx, WRONG)
+            target = next(target for oldest, target in VARIANT_TARGETS.items() if oldest >= variants.target_of(ptx))
+            usages, wrong, slow = assemble(tools, "variant", path, target, folder)
+            defects += wrong
+            spilled = sum(int(size) for text in slow for size in re.findall(r"(\d+) bytes spill", text))
+            table.update({(name, target): (*usage, spilled) for usage in usages.values()})
+    return table, defects
+
+
+def print_variants(table):
+    width = max(len(name) for name, _ in table)
+    print("\nvariants: the same, and bytes of spills")
+    for (name, target), usage in table.items():
+        print(f"{name:{width}} {target:>6} {'/'.join(map(str, usage)):>18}")
+
+
 def print_table(table):
     width = max(len(kernel) for kernel, _ in table)
     print(f"registers/bytes of shared memory/places with {BATCH} 16-byte loads in flight/16-byte stores")
@@ -200,15 +232,24 @@ def print_table(table):
         print(f"{kernel:{width}} " + " ".join(f"{cell:>12}" for cell in cells))
 
 
-def rows(table):
-    return [["kernel", "target", *Usage._fields]] + [[*key, *map(str, usage)] for key, usage in table.items()]
+def rows(table, *more):
+    return [["kernel", "target", *Usage._fields, *more]] + [[*key, *map(str, usage)] for key, usage in table.items()]
+
+
+def difference(path, now):
+    """What a committed table has otherwise, or none."""
+    committed = list(csv.reader(path.open(newline=""))) if path.exists() else []
+    changed = [f"- {','.join(r)}" for r in committed if r not in now] + [
+        f"+ {','.join(r)}" for r in now if r not in committed]
+    return [f"{path.relative_to(ROOT)} differs; if the change is wanted, run scripts/ptxas.py --write\n    "
+            + "\n    ".join(changed)] if changed else []
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--write", action="store_true", help="write kernels/prebuilt/registers.csv")
-    mode.add_argument("--check", action="store_true", help="compare with kernels/prebuilt/registers.csv")
+    mode.add_argument("--write", action="store_true", help="write the two registers.csv")
+    mode.add_argument("--check", action="store_true", help="compare with the two registers.csv")
     add_venv_option(parser)
     args = parser.parse_args()
     modules = {path.stem: path for path in sorted(PREBUILT.glob("*.ptx"))}
@@ -217,24 +258,25 @@ def main():
     tools = Tools(args.venvs)
     table, defects = measure(tools, modules)
     defects += oldest_driver_defects(tools, modules)
+    of_variants, wrong = measure_variants(tools)
+    defects += wrong
     if table:
         print_table(table)
-    if args.write:
-        with REGISTERS.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows(table))
-        print(f"wrote {REGISTERS.relative_to(ROOT)}")
-    if args.check:
-        committed = list(csv.reader(REGISTERS.open(newline=""))) if REGISTERS.exists() else []
-        now = rows(table)
-        changed = [f"- {','.join(r)}" for r in committed if r not in now] + [
-            f"+ {','.join(r)}" for r in now if r not in committed]
-        if changed:
-            defects.append("registers.csv differs; if the change is wanted, run scripts/ptxas.py --write\n    "
-                           + "\n    ".join(changed))
+    if of_variants:
+        print_variants(of_variants)
+    tables = {REGISTERS: rows(table), VARIANT_REGISTERS: rows(of_variants, "spill_bytes")}
+    for path, now in tables.items():
+        if args.write:
+            with path.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(now)
+            print(f"wrote {path.relative_to(ROOT)}")
+        if args.check:
+            defects += difference(path, now)
     if defects:
         fail(f"{len(defects)} defect(s)\n  " + "\n  ".join(defects))
     print(f"{len(modules)} modules: assembled for {', '.join(TARGETS)} (ptxas {version(PTXAS)}) and for "
-          f"{', '.join(OLDEST_TARGETS)} (ptxas {version(OLDEST_PTXAS)}); no defect")
+          f"{', '.join(OLDEST_TARGETS)} (ptxas {version(OLDEST_PTXAS)}); no defect. {len({k for k, _ in of_variants})} "
+          "variants")
 
 
 if __name__ == "__main__":

@@ -125,10 +125,33 @@ def lists_table(record):
     return "\n".join(lines)
 
 
-def read(path):
+def rows_of(path):
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return Record(rows) if rows else sys.exit(f"{path} holds no rows")
+        return list(csv.DictReader(file)) or sys.exit(f"{path} holds no rows")
+
+
+def read(path):
+    return Record(rows_of(path))
+
+
+def found(rows):
+    """Of a record of benches/variants.rs, for each change by its key: what came of its variants. A ratio is the variant's
+    time over the library's."""
+    variants = {}
+    for row in rows:
+        variants.setdefault(row["change"], {}).setdefault(row["variant"], []).append(row)
+    return {key: "; ".join(f"{name}: {of_variant(own)}" for name, own in named.items())
+            for key, named in variants.items()}
+
+
+def of_variant(rows):
+    where = lambda row: f"{float(row['ratio']):.3f} ({row['list']} {row['dtype']}, {row['op']}, {row['mode']}, {row['cache']})"
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("wins", "loses")}
+    timed = sorted((row for row in rows if row["ratio"]), key=lambda row: float(row["ratio"]))
+    if not timed:
+        return "no time"
+    return (f"wins {counts['wins']} and loses {counts['loses']} of {len(timed)}, from {where(timed[0])} "
+            f"to {where(timed[-1])}".replace(";", ","))
 
 
 def main():

@@ -185,6 +185,50 @@ fn figures_of_the_gpu_are_those_of_the_newest_record() {
     }
 }
 
+/// The predictions are those that the variants are measured for, and what was found is of the newest record: how often each
+/// variant wins.
+#[test]
+fn predictions_stand_beside_what_was_found() {
+    if skipped() {
+        return;
+    }
+    let described: serde_json::Value = serde_json::from_str(&read("benches/variants/variants.json")).unwrap();
+    let text = block("docs/performance.md", "predictions");
+    let rows = table(&text);
+    let changes = described["changes"].as_array().unwrap();
+    assert_eq!(rows.len(), changes.len());
+    let record = Record::newest("variants");
+    for (row, change) in rows.iter().zip(changes) {
+        let [what, prediction, place, found] = row.as_slice() else { panic!("{row:?}") };
+        assert_eq!(
+            [what, prediction, place],
+            ["change", "prediction", "where"].map(|name| change[name].as_str().unwrap())
+        );
+        let measured = record.iter().flat_map(|record| &record.rows).filter(|row| row["change"] == change["key"]);
+        let mut variants: Vec<(&str, [usize; 3])> = Vec::new();
+        for row in measured.filter(|row| !row["ratio"].is_empty()) {
+            let at = variants.iter().position(|(name, _)| *name == row["variant"]).unwrap_or_else(|| {
+                variants.push((&row["variant"], [0; 3]));
+                variants.len() - 1
+            });
+            let counts = &mut variants[at].1;
+            counts[2] += 1;
+            counts[0] += usize::from(row["verdict"] == "wins");
+            counts[1] += usize::from(row["verdict"] == "loses");
+        }
+        if variants.is_empty() {
+            assert_eq!(found, "not measured", "{what}");
+        }
+        for (name, [wins, loses, of]) in variants {
+            let expected = format!("{name}: wins {wins} and loses {loses} of {of}, ");
+            assert!(found.contains(&expected), "{what}: {expected:?} is not in {found:?}");
+        }
+    }
+    if let Some(record) = record {
+        assert!(text.contains(&format!("{}.csv", record.name)), "not of {}", record.name);
+    }
+}
+
 /// A picture names the record it was drawn of.
 #[test]
 fn pictures_are_of_the_newest_record() {

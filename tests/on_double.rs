@@ -53,4 +53,5 @@ mod double {
     pub mod streams;
     pub mod threads;
     pub mod traffic;
+    pub mod variants;
 }

@@ -91,6 +91,13 @@ impl Arena {
         self.restore(span)
     }
 
+    /// Other bytes than were drawn, at that place of what gradients are restored from.
+    #[allow(dead_code)] // a test of benches/variants.rs uses it
+    pub fn poke(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
+        self.stream.memcpy_htod(bytes, &mut self.spare.slice_mut(at..at + bytes.len()))?;
+        Ok(self.stream.synchronize()?)
+    }
+
     /// The gradients as they were.
     pub fn restore(&self, bytes: usize) -> Result<()> {
         self.copy(self.address(), self.spare_address(), bytes)

@@ -3,6 +3,7 @@
 use super::arena::{Arena, SIGMA};
 use super::limits::{Launch, Limits};
 use super::lists::Entry;
+use super::rounds::Subject;
 use anyhow::{Context, Result};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::CudaGraph;
@@ -64,9 +65,16 @@ impl Op {
     /// The threshold, of a list with that norm. A clip that scales does so by `1 - 2^-16` here, however often it is
     /// called: without eps it would do so once, and find the norm within the threshold from then on.
     pub fn clip(self, norm: f64) -> ClipNorm {
+        let [max_norm, eps] = self.threshold(norm);
+        ClipNorm::new(max_norm).eps(eps)
+    }
+
+    /// The threshold and what is added to the norm.
+    pub fn threshold(self, norm: f64) -> [f64; 2] {
         match self {
-            Self::Clip => ClipNorm::new(norm * 65536.0).eps(norm * 65536.0),
-            _ => ClipNorm::new(norm * 2.0),
+            Self::Norm => [f64::INFINITY, 0.0],
+            Self::Clip => [norm * 65536.0; 2],
+            _ => [norm * 2.0, 0.0],
         }
     }
 }
@@ -138,7 +146,7 @@ impl Case {
 
 /// One list on the device, and all that its cases need.
 pub struct Loaded<'a> {
-    pub arena: &'a mut Arena,
+    arena: &'a mut Arena,
     graphs: Vec<(Op, CudaGraph)>,
     clipper: &'a mut Clipper,
     grads: Vec<RawGrad>,
@@ -178,19 +186,31 @@ impl<'a> Loaded<'a> {
         arena.restore(span)?;
         Ok(Self { arena, graphs, clipper, grads, norm, bytes, span, read, update, flush })
     }
+}
 
-    pub fn restore(&self) -> Result<()> {
+impl Subject for Loaded<'_> {
+    type Case = Case;
+
+    fn arena(&self) -> &Arena {
+        self.arena
+    }
+
+    fn needs_restored(&self, case: Case) -> bool {
+        case.needs_restored()
+    }
+
+    fn restore(&self) -> Result<()> {
         self.arena.restore(self.span)
     }
 
     /// Leaves nothing of the list in the L2 cache, and of what is written there as little as can be: the buffer that was
     /// written is read once more.
-    pub fn flush(&mut self) -> Result<()> {
+    fn flush(&mut self) -> Result<()> {
         self.arena.write_flush()?;
         self.flush.run(self.arena, self.arena.flush_address(), self.arena.flush_bytes())
     }
 
-    pub fn enqueue(&mut self, case: Case) -> Result<()> {
+    fn enqueue(&mut self, case: Case) -> Result<()> {
         match case {
             Case::Read => self.read.run(self.arena, self.arena.address(), self.bytes),
             Case::Update => self.update.run(self.arena, self.arena.address(), self.bytes),

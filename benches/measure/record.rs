@@ -75,7 +75,7 @@ impl Rows<'_> {
 }
 
 /// Nothing where there is no number: a clock may have stood still.
-fn number(value: f64, digits: usize) -> String {
+pub fn number(value: f64, digits: usize) -> String {
     if value.is_finite() {
         format!("{value:.digits$}")
     } else {
@@ -83,7 +83,7 @@ fn number(value: f64, digits: usize) -> String {
     }
 }
 
-fn quantile(values: &[f64], at: f64) -> f64 {
+pub fn quantile(values: &[f64], at: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let index = (sorted.len().saturating_sub(1) as f64 * at).round() as usize;

@@ -1,7 +1,7 @@
 //! Times, round by round: every case once a round, so that clocks that change do so for all, and a ratio is that of one
 //! round.
 
-use super::cases::{Case, Loaded};
+use super::arena::Arena;
 use super::Options;
 use anyhow::Result;
 use cudarc::driver::CudaEvent;
@@ -37,21 +37,34 @@ pub struct Times {
     pub done: Vec<f64>,
 }
 
-pub fn measure(
-    loaded: &mut Loaded<'_>,
-    cases: &[Case],
+/// One list, and what is timed on it.
+pub trait Subject {
+    type Case: Copy;
+    fn arena(&self) -> &Arena;
+    /// Whether a second call would find less to do than the first.
+    fn needs_restored(&self, case: Self::Case) -> bool;
+    fn restore(&self) -> Result<()>;
+    /// Leaves nothing of the list in the L2 cache.
+    fn flush(&mut self) -> Result<()>;
+    fn enqueue(&mut self, case: Self::Case) -> Result<()>;
+}
+
+pub fn measure<S: Subject>(
+    subject: &mut S,
+    cases: &[S::Case],
     cache: Cache,
     slice: Duration,
     options: &Options,
 ) -> Result<Vec<Times>> {
     let started = Instant::now();
-    let pairs = cases.iter().map(|_| Ok([loaded.arena.event()?, loaded.arena.event()?])).collect::<Result<Vec<_>>>()?;
+    let pairs =
+        cases.iter().map(|_| Ok([subject.arena().event()?, subject.arena().event()?])).collect::<Result<Vec<_>>>()?;
     let mut all = vec![Times { calls: 1, ..Times::default() }; cases.len()];
 
     // Once before it counts, which also says how many calls are needed between two events.
     for ((case, pair), times) in cases.iter().zip(&pairs).zip(&mut all) {
-        enqueue(loaded, *case, cache, 1, pair)?;
-        if cache == Cache::Warm && !case.needs_restored() {
+        enqueue(subject, *case, cache, 1, pair)?;
+        if cache == Cache::Warm && !subject.needs_restored(*case) {
             let took = f64::from(pair[0].elapsed_ms(&pair[1])?) * 1e3;
             let calls = options.batch.as_secs_f64() * 1e6 / took;
             times.calls = if took > 0.0 { (calls as usize).clamp(1, options.max_calls) } else { 1 };
@@ -63,15 +76,15 @@ pub fn measure(
             break;
         }
         for ((case, pair), times) in cases.iter().zip(&pairs).zip(&all) {
-            enqueue(loaded, *case, cache, times.calls, pair)?;
+            enqueue(subject, *case, cache, times.calls, pair)?;
         }
-        loaded.arena.stream.synchronize()?;
+        subject.arena().stream.synchronize()?;
         for (pair, times) in pairs.iter().zip(&mut all) {
             times.gpu.push(f64::from(pair[0].elapsed_ms(&pair[1])?) * 1e3 / times.calls as f64);
         }
         if cache == Cache::Warm {
             for (case, times) in cases.iter().zip(&mut all) {
-                let [host, done] = by_the_clock(loaded, *case)?;
+                let [host, done] = by_the_clock(subject, *case)?;
                 times.host.push(host);
                 times.done.push(done);
             }
@@ -81,39 +94,39 @@ pub fn measure(
 }
 
 /// The calls between the two events. Something comes before, so that the GPU is busy while the host enqueues the first.
-fn enqueue(
-    loaded: &mut Loaded<'_>,
-    case: Case,
+fn enqueue<S: Subject>(
+    subject: &mut S,
+    case: S::Case,
     cache: Cache,
     calls: usize,
     [start, end]: &[CudaEvent; 2],
 ) -> Result<()> {
-    if case.needs_restored() {
-        loaded.restore()?;
+    if subject.needs_restored(case) {
+        subject.restore()?;
     }
     match cache {
-        Cache::Cold => loaded.flush()?,
-        Cache::Warm if case.needs_restored() => {}
-        Cache::Warm => loaded.enqueue(case)?,
+        Cache::Cold => subject.flush()?,
+        Cache::Warm if subject.needs_restored(case) => {}
+        Cache::Warm => subject.enqueue(case)?,
     }
-    start.record(&loaded.arena.stream)?;
+    start.record(&subject.arena().stream)?;
     for _ in 0..calls {
-        loaded.enqueue(case)?;
+        subject.enqueue(case)?;
     }
-    end.record(&loaded.arena.stream)?;
+    end.record(&subject.arena().stream)?;
     Ok(())
 }
 
 /// Microseconds until one call has returned, and until its work is done.
-fn by_the_clock(loaded: &mut Loaded<'_>, case: Case) -> Result<[f64; 2]> {
-    if case.needs_restored() {
-        loaded.restore()?;
+fn by_the_clock<S: Subject>(subject: &mut S, case: S::Case) -> Result<[f64; 2]> {
+    if subject.needs_restored(case) {
+        subject.restore()?;
     }
-    loaded.arena.stream.synchronize()?;
+    subject.arena().stream.synchronize()?;
     let start = Instant::now();
-    loaded.enqueue(case)?;
+    subject.enqueue(case)?;
     let host = start.elapsed();
-    loaded.arena.stream.synchronize()?;
+    subject.arena().stream.synchronize()?;
     let done = start.elapsed();
     Ok([host, done].map(|took| took.as_secs_f64() * 1e6))
 }

@@ -142,3 +142,46 @@ fn a_launch_needs_the_block_the_kernel_is_written_for() {
     }
     assert_eq!(block_sums(&stream, &[1.0], 1, 1).unwrap(), [1.0], "and nothing is broken");
 }
+
+#[test]
+fn a_launch_with_all_blocks_at_once_has_one_here() {
+    use cudarc::driver::sys::{self, CUlaunchAttributeID};
+    use std::ffi::c_void;
+    let Some(_double) = support::double::lock() else { return };
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.default_stream();
+    let function = toy(&context, "toy_axpy").unwrap();
+    let input = stream.clone_htod(&[2.0f32]).unwrap();
+    let out = stream.alloc_zeros::<f32>(1).unwrap();
+    let launch = |blocks, id| {
+        let (out, input, factor, count) = (out.device_ptr(&stream).0, input.device_ptr(&stream).0, 1.0f32, 1u32);
+        let mut args: [*mut c_void; 4] = [
+            (&raw const out).cast_mut().cast(),
+            (&raw const input).cast_mut().cast(),
+            (&raw const factor).cast_mut().cast(),
+            (&raw const count).cast_mut().cast(),
+        ];
+        let mut attribute =
+            sys::CUlaunchAttribute { id, pad: [0; 4], value: sys::CUlaunchAttributeValue { cooperative: 1 } };
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: 256,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: 1,
+        };
+        // SAFETY: the arguments are those of toy_axpy, or it is refused before it runs.
+        unsafe { sys::cuLaunchKernelEx(&config, function.cu_function(), args.as_mut_ptr(), std::ptr::null_mut()) }
+    };
+    use CUlaunchAttributeID::*;
+    assert_eq!(launch(2, CU_LAUNCH_ATTRIBUTE_COOPERATIVE), CUresult::CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
+    assert_eq!(launch(1, CU_LAUNCH_ATTRIBUTE_PRIORITY), CUresult::CUDA_ERROR_INVALID_VALUE);
+    assert_eq!(launch(1, CU_LAUNCH_ATTRIBUTE_COOPERATIVE), CUresult::CUDA_SUCCESS);
+    assert_eq!(launch(1, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.clone_dtoh(&out).unwrap(), [4.0]);
+}

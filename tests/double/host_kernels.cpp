@@ -21,7 +21,7 @@ const HostKernel* find_in(const HostKernel* kernels, const char* symbol) {
 }  // namespace
 
 const HostKernel* find_kernel(const char* symbol) {
-  for (const HostKernel* kernels : {project_kernels, example_kernels, bench_kernels, toy_kernels}) {
+  for (const HostKernel* kernels : {project_kernels, example_kernels, bench_kernels, variant_kernels, toy_kernels}) {
     if (const HostKernel* kernel = find_in(kernels, symbol)) return kernel;
   }
   return nullptr;

@@ -73,10 +73,12 @@ constexpr HostKernel host_kernel(const char* symbol, uint32_t threads) {
 // Null when nothing of that name was compiled in.
 const HostKernel* find_kernel(const char* symbol);
 
-// The kernels of kernels/*.cu, of examples/, of benches/, and of toy_kernels.cpp; each list ends with a null symbol.
+// The kernels of kernels/*.cu, of examples/, of benches/measure and benches/variants, and of toy_kernels.cpp; each list ends
+// with a null symbol.
 extern const HostKernel project_kernels[];
 extern const HostKernel example_kernels[];
 extern const HostKernel bench_kernels[];
+extern const HostKernel variant_kernels[];
 extern const HostKernel toy_kernels[];
 
 // `packed_params` aligned to 16 bytes.

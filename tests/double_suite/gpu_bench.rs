@@ -7,7 +7,7 @@ use std::time::Duration;
 
 #[path = "../../benches/measure/mod.rs"]
 #[allow(dead_code)]
-mod measure;
+pub mod measure;
 
 use measure::cases::Case;
 use measure::lists::{entries, Entry, LARGEST};

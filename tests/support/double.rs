@@ -114,6 +114,7 @@ pub fn build(compiler: &Compiler, without: &[&str]) -> Result<[PathBuf; 2]> {
         sources: &[
             "libcuda.cpp",
             "kernels.cpp",
+            "variant_kernels.cpp",
             "toy_kernels.cpp",
             "example_kernels.cpp",
             "bench_kernels.cpp",

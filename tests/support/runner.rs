@@ -141,6 +141,7 @@ impl Runner {
                     "toy_kernels.cpp",
                     "example_kernels.cpp",
                     "bench_kernels.cpp",
+                    "variant_kernels.cpp",
                     "host_kernels.cpp",
                     "block.cpp",
                     "fibers.cpp",

@@ -76,7 +76,7 @@ int device_attribute(int attribute) {
     case 81: return 228 * 1024;   // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
     case 82: return 65536;        // MAX_REGISTERS_PER_MULTIPROCESSOR
     case 83: return 1;            // MANAGED_MEMORY
-    case 95: return 0;            // COOPERATIVE_LAUNCH: blocks run one after the other
+    case 95: return 1;            // COOPERATIVE_LAUNCH: of one block, as blocks run one after the other
     case 97: return 227 * 1024;   // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     case 106: return 32;          // MAX_BLOCKS_PER_MULTIPROCESSOR
     case 115: return settings.memory_pools;

@@ -227,7 +227,8 @@ CONTROL_API uint64_t double_pending_work() {
 
 CONTROL_API int double_kernel(uint64_t index, const char** symbol, uint32_t* threads, uint32_t* param_bytes) {
   for (const auto* kernels : {gradclip::host::project_kernels, gradclip::host::example_kernels,
-                              gradclip::host::bench_kernels, gradclip::host::toy_kernels}) {
+                              gradclip::host::bench_kernels, gradclip::host::variant_kernels,
+                              gradclip::host::toy_kernels}) {
     for (; kernels->symbol; ++kernels) {
       if (index-- == 0) {
         *symbol = kernels->symbol;

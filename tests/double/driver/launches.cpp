@@ -83,14 +83,37 @@ CUresult launch(CUfunction handle, const LaunchShape& shape, CUstream stream_han
   return issue(stream, kKernelNode, [job] { return run(job); });
 }
 
-// As cuda.h declares it.
+// As cuda.h declares them.
+struct LaunchAttribute {
+  int id;
+  char pad[4];
+  alignas(8) int value[16];  // a union; of those below an int
+};
+enum : int { kCooperative = 2, kProgrammaticStreamSerialization = 6 };
+
 struct LaunchConfig {
   unsigned grid[3], block[3];
   unsigned shared_bytes;
   CUstream stream;
-  void* attributes;
+  LaunchAttribute* attributes;
   unsigned num_attributes;
 };
+
+// A kernel that may start early does not, which is one of the orders that it allows. All blocks at once are one block.
+CUresult check_attributes(const LaunchConfig& config) {
+  for (unsigned i = 0; i < config.num_attributes; ++i) {
+    const LaunchAttribute& attribute = config.attributes[i];
+    if (attribute.id == kCooperative && attribute.value[0] && config.grid[0] > 1) {
+      complain("a cooperative launch of %u blocks; one fits here", config.grid[0]);
+      return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+    }
+    if (attribute.id != kCooperative && attribute.id != kProgrammaticStreamSerialization) {
+      complain("launch attribute %d, which nothing here uses", attribute.id);
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+  }
+  return CUDA_SUCCESS;
+}
 
 }  // namespace
 
@@ -110,6 +133,7 @@ DRIVER_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigne
 DRIVER_API CUresult cuLaunchKernelEx(const LaunchConfig* config, CUfunction function, void** params, void** extra) {
   ContextCall call(__func__);
   if (call.refused) return call.refused;
+  if (const CUresult result = check_attributes(*config)) return result;
   LaunchShape shape;
   std::memcpy(shape.grid, config->grid, sizeof shape.grid);
   std::memcpy(shape.block, config->block, sizeof shape.block);
