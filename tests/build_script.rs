@@ -125,6 +125,7 @@ fn committed_snapshot_fits_the_kernels() -> Result<()> {
         "scoped",
         "scoped_p",
         "scoped_stats",
+        "shards",
     ];
     assert_eq!(stems, expected);
     Ok(())
