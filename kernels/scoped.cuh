@@ -76,6 +76,11 @@ __device__ __forceinline__ Partial fold_partials(const Fold& fold, const ScopedJ
               [order](Partial a, Partial b) { return combine(order, a, b); });
 }
 
+__device__ __forceinline__ double norm_of(const ClipParams& params, NormOrder order, Partial total, u64 numel) {
+  if (order.type == kL2 && params.norm_type == kRms) total = mean_of(total, numel);
+  return norm_of(order, total);
+}
+
 template <class Fold>
 __device__ __forceinline__ void group_job(const Fold& fold, const ScopedJobs& jobs, const ClipParams& params, NormOrder order,
                                           u32 index) {
@@ -91,13 +96,13 @@ __device__ __forceinline__ void group_job(const Fold& fold, const ScopedJobs& jo
     report->clipped_elements = 0;
     report->nan_elements = 0;
     const double max_norm = bits_of(group.max_norm) == kSameThreshold ? threshold_of(params) : group.max_norm;
-    decide(params, max_norm, norm_of(order, total), report);
+    decide(params, max_norm, norm_of(params, order, total, group.numel), report);
   }
 }
 
 template <class Fold>
-__device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jobs, NormOrder order,
-                                          const ScopedTensor& tensor) {
+__device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jobs, const ClipParams& params,
+                                          NormOrder order, const ScopedTensor& tensor) {
   const Partial total = fold_partials(fold, jobs, order, tensor.first_tile, tensor.num_tiles);
   const Stats stats = fold(
       tensor.num_tiles, kNoStats,
@@ -109,7 +114,10 @@ __device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jo
         return of_tile;
       },
       [](const Stats& a, const Stats& b) { return combine(a, b); });
-  if (fold.writes()) jobs.tensor_stats[tensor.index] = {norm_of(order, total), stats};
+  if (fold.writes()) {
+    const u64 numel = rows_of(tensor) * tensor.row_numel;
+    jobs.tensor_stats[tensor.index] = {norm_of(params, order, total, numel), stats};
+  }
 }
 
 // Jobs with more tiles than this are done by the whole block, one after the other: a warp would take longer to fold them
@@ -127,7 +135,7 @@ __device__ __forceinline__ void do_job(const Fold& fold, const ScopedJobs& jobs,
   if (job < jobs.num_groups) {
     group_job(fold, jobs, params, order, job);
   } else if (job - jobs.num_groups < jobs.num_stats) {
-    stats_job(fold, jobs, order, table.tensors[job - jobs.num_groups]);
+    stats_job(fold, jobs, params, order, table.tensors[job - jobs.num_groups]);
   }
 }
 

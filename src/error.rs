@@ -1,6 +1,6 @@
 //! Everything that can go wrong, as one type.
 
-use crate::Dtype;
+use crate::{Dtype, NormType};
 
 /// Result with [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -69,13 +69,13 @@ pub enum Error {
         /// What the list has there.
         got: String,
     },
-    /// A running norm of one order is asked to clip by a norm of another.
-    #[error("the running norm is of order {running}, and the clip asks for order {got}")]
+    /// A running norm of one kind is asked to clip by a norm of another.
+    #[error("the running norm is {running:?}, and the clip asks for {got:?}")]
     OtherNormType {
-        /// Order of the running norm.
-        running: f64,
-        /// Order asked for.
-        got: f64,
+        /// That of the running norm.
+        running: NormType,
+        /// That asked for.
+        got: NormType,
     },
     /// Two entries of the list share memory: it would be counted, and scaled, twice.
     #[error("tensors {first} and {second} overlap in memory; each gradient may be listed once")]

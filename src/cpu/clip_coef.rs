@@ -8,18 +8,20 @@ use crate::abi::{FOLD_THREADS, WARP_THREADS};
 use crate::clip_coef::CANONICAL_NAN;
 use crate::options::NormType;
 
-/// The norm over all tiles: thread t of the kernel takes tiles t, t + 1024, ..., then come two levels of xor trees.
-pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType) -> f64 {
+/// The norm of `numel` elements from all their tiles: thread t of the kernel takes tiles t, t + 1024, ..., then come two
+/// levels of xor trees.
+pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType, numel: u64) -> f64 {
     match norm_type {
         // Each step is a power, so it matters whether the processor's fma is used.
-        NormType::P(_) => Isa::detect().run(NormOf { partials, norm_type }),
-        _ => fold(partials, norm_type),
+        NormType::P(_) => Isa::detect().run(NormOf { partials, norm_type, numel }),
+        _ => fold(partials, norm_type, numel),
     }
 }
 
 struct NormOf<'a> {
     partials: &'a [Partial],
     norm_type: NormType,
+    numel: u64,
 }
 
 impl Kernel for NormOf<'_> {
@@ -27,13 +29,13 @@ impl Kernel for NormOf<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> f64 {
-        fold(self.partials, self.norm_type)
+        fold(self.partials, self.norm_type, self.numel)
     }
 }
 
 #[inline(always)]
-fn fold(partials: &[Partial], norm_type: NormType) -> f64 {
-    let combine = |a: Partial, b: Partial| a.combine(b, norm_type);
+fn fold(partials: &[Partial], norm_type: NormType, numel: u64) -> f64 {
+    let combine = |a: Partial, b: Partial| a.combine(b, norm_type.of_partials());
     let thread = |thread: usize| {
         let own = partials.get(thread..).unwrap_or_default();
         own.iter().step_by(FOLD_THREADS).copied().fold(Partial::default(), combine)
@@ -55,6 +57,8 @@ fn fold(partials: &[Partial], norm_type: NormType) -> f64 {
         NormType::Inf => total.sum,
         NormType::L1 => total.sum * total.scale,
         NormType::L2 => total.sum.sqrt() * total.scale,
+        // Divided before the root: a norm can be beyond f64 where this is not.
+        NormType::Rms => (total.sum / numel as f64).sqrt() * total.scale,
         NormType::P(p) => scaled_root(total.sum, total.scale, p),
     }
 }

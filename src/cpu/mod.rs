@@ -40,7 +40,7 @@ use scale_into::Pair;
 
 /// Norm over all gradients together.
 ///
-/// L2: `sqrt(sum(x^2))`; L1: `sum(|x|)`; Inf: `max(|x|)`; P(p): `sum(|x|^p)^(1/p)`. Of an empty list, or of empty
+/// L2: `sqrt(sum(x^2))`; L1: `sum(|x|)`; Inf: `max(|x|)`; P(p): `sum(|x|^p)^(1/p)`; Rms: `sqrt(mean(x^2))`. Of an empty list, or of empty
 /// gradients, 0. NaN if any element is NaN, else infinite if any is. Squares and powers neither overflow nor vanish.
 ///
 /// Cost: reads each gradient once, writes nothing; all cores. [`NormType::P`] computes a logarithm and an exponential of
@@ -319,7 +319,7 @@ fn measure_planned(grads: &[Grad<'_>], plan: &Plan, clip: &ClipNorm) -> Result<(
     let partials = parallel::norm_partials(clip.norm_type, grads, plan.num_tiles() as usize);
     // Not before: while this thread waits for the others it may run jobs of the caller's.
     let _env = DefaultFpEnv::enter();
-    let total_norm = clip_coef::norm_of(&partials, clip.norm_type);
+    let total_norm = clip_coef::norm_of(&partials, clip.norm_type, plan.numel());
     let first_nonfinite = clip_coef::first_bad_tile(&partials).and_then(|tile| plan.tensor_of(tile as u64));
     report_of(clip, total_norm, first_nonfinite)
 }

@@ -37,7 +37,7 @@ pub(crate) fn measure(grads: &[Grad<'_>], scope: &Scope<'_>, clip: &ClipNorm) ->
     let (mut groups, mut verdicts) = (Vec::with_capacity(plan.groups.len()), Vec::with_capacity(plan.groups.len()));
     for group in &plan.groups {
         let of_group = &partials[ScopedPlan::tiles_of(group)];
-        let total_norm = norm_of(of_group, clip.norm_type);
+        let total_norm = norm_of(of_group, clip.norm_type, group.numel);
         let bad_tile = first_bad_tile(of_group).map(|tile| u64::from(group.first_tile) + tile as u64);
         let first_nonfinite = bad_tile.and_then(|tile| plan.tensor_of(tile));
         let (report, verdict) = report_of(&of_group_options(clip, group), total_norm, first_nonfinite)?;
@@ -98,7 +98,7 @@ fn tensor_stats(plan: &ScopedPlan, clip: &ClipNorm, partials: &[Partial], tile_s
         };
         let all = tile_stats[tiles.clone()].iter().copied().enumerate().map(in_tensor);
         let stats = all.fold(stats::NONE, stats::combine);
-        let norm = norm_of(&partials[tiles], clip.norm_type);
+        let norm = norm_of(&partials[tiles], clip.norm_type, tensor.numel());
         of_tensors[tensor.index as usize] = StatsSlot { norm, stats }.into();
     }
     of_tensors

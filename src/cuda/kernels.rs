@@ -26,6 +26,7 @@ pub(crate) struct Kernels {
     norm_partials: ByNorm,
     pub clip_coef: CUfunction,
     pub clip_coef_p: CUfunction,
+    pub clip_coef_rms: CUfunction,
     pub clip_coef_of_norm: CUfunction,
     pub scale: CUfunction,
     pub scale_any: CUfunction,
@@ -52,6 +53,7 @@ impl Kernels {
             norm_partials: modules.by_norm(norm_partials, "norm_partials")?,
             clip_coef: modules.function(clip_coef, "clip_coef")?,
             clip_coef_p: modules.function(clip_coef, "clip_coef_p")?,
+            clip_coef_rms: modules.function(clip_coef, "clip_coef_rms")?,
             clip_coef_of_norm: modules.function(clip_coef, "clip_coef_of_norm")?,
             scale: modules.function(scale, "scale")?,
             scale_any: modules.function(scale, "scale_any")?,
@@ -193,7 +195,7 @@ impl ByNorm {
     fn of(&self, norm_type: NormType) -> Result<CUfunction> {
         match norm_type {
             NormType::L1 => Ok(self.l1),
-            NormType::L2 => Ok(self.l2),
+            NormType::L2 | NormType::Rms => Ok(self.l2),
             NormType::Inf => Ok(self.inf),
             NormType::P(_) => self.p.get().copied().ok_or(NOT_PREPARED),
         }

@@ -24,6 +24,7 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(norm_partials_p),
     FOLD_KERNEL(clip_coef),
     FOLD_KERNEL(clip_coef_p),
+    FOLD_KERNEL(clip_coef_rms),
     host_kernel<&::clip_coef_of_norm>("clip_coef_of_norm", kWarpThreads),
     TILE_KERNEL(scale),
     TILE_KERNEL(scale_into),

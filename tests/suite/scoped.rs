@@ -6,7 +6,7 @@ use crate::backend::{with_clipper, LARGE};
 use gradclip::cuda::Clipper;
 use gradclip::{cpu, ClipNorm, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, TensorStats};
 
-const NORM_TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5)];
+const NORM_TYPES: [NormType; 5] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::Rms];
 
 fn group_bits(report: &NormReport) -> (u64, u64, u64, bool, Option<usize>) {
     let numbers = [report.total_norm, report.clip_coef, report.multiplier].map(f64::to_bits);
@@ -62,7 +62,7 @@ fn mixed_list(source: &mut Source) -> Vec<Tensor> {
 fn each_tensor_has_the_norm_it_has_alone() {
     with_clipper(|clipper| {
         let list = mixed_list(&mut Source::new(21));
-        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.1, 0.02, 0.2]) {
+        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.1, 0.02, 0.2, 0.01]) {
             let clip = ClipNorm::new(max_norm).norm_type(norm_type);
             let report = assert_parity(clipper, &list, &Scope::per_tensor(), clip, &format!("{norm_type:?}"));
             let mut clipped = list.clone();
@@ -117,7 +117,7 @@ fn rows_have_the_norm_they_have_alone() {
                 rows.push(count);
             }
         }
-        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.05, 0.02, 0.1]) {
+        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.05, 0.02, 0.1, 0.01]) {
             let clip = ClipNorm::new(max_norm).norm_type(norm_type);
             let report = assert_parity(clipper, &list, &Scope::rows(&rows), clip, &format!("{norm_type:?}"));
             let expected = cpu::norms_by(&rows_of(&list, &rows), &Scope::per_tensor(), norm_type).unwrap();
