@@ -24,28 +24,7 @@ __device__ __forceinline__ void scoped_partials(const ScopedTable& table, u32 nu
   }
 }
 
-// Folding the `count` values of a job, value(0) to value(count - 1), in the order of fold_block: by one warp, which goes
-// through the 32 warps of that block one after the other ...
-struct WarpFold {
-  template <class Value, class Load, class Combine>
-  __device__ __forceinline__ Value operator()(u32 count, Value zero, const Load& load, const Combine& combine) const {
-    const u32 lane = thread_index() % kWarpThreads;
-    Value of_warp = zero;
-    for (u32 warp = 0; warp < kWarpThreads && warp * kWarpThreads < count; ++warp) {
-      Value mine = zero;
-      for (u32 i = warp * kWarpThreads + lane; i < count; i += kFoldThreads) mine = combine(mine, load(i));
-#pragma unroll
-      for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) mine = combine(mine, shfl_xor(mine, mask));
-      if (lane == warp) of_warp = mine;
-    }
-#pragma unroll
-    for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) of_warp = combine(of_warp, shfl_xor(of_warp, mask));
-    return of_warp;
-  }
-  __device__ __forceinline__ bool writes() const { return thread_index() % kWarpThreads == 0; }
-};
-
-// ... or by the whole block.
+// Folding the `count` values of a job: by one warp (WarpFold in fold.cuh), or by the whole block.
 struct BlockFold {
   Partial* partial_slots;
   Stats* stats_slots;
@@ -119,10 +98,6 @@ __device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jo
     jobs.tensor_stats[tensor.index] = {norm_of(params, order, total, numel), stats};
   }
 }
-
-// Jobs with more tiles than this are done by the whole block, one after the other: a warp would take longer to fold them
-// than all blocks take to read them. Not tuned on a GPU yet.
-constexpr u32 kTilesOfWarpJob = 256;
 
 __device__ __forceinline__ u32 tiles_of_job(const ScopedJobs& jobs, const ScopedTable& table, u32 job) {
   if (job < jobs.num_groups) return jobs.groups[job].num_tiles;

@@ -170,6 +170,12 @@ pub enum Error {
     /// [`Scope::leading_dimension`](crate::Scope::leading_dimension) of gradients that have no shape.
     #[error("these gradients have no shape; say how many rows each has, with Scope::rows")]
     ShapesUnknown,
+    /// An option of a [`Scope`](crate::Scope) that only norms have, for a call that measures none.
+    #[error("{option} of the scope is for calls with norms; clipping by value has none")]
+    ScopeForNorms {
+        /// Which option.
+        option: &'static str,
+    },
     /// A tensor larger than the address space, or a list of more than 2^31 tiles of 32 KiB.
     #[error("tensor {tensor} with {numel} elements makes the list too large")]
     TooLarge {

@@ -91,8 +91,7 @@ fn kernels_and_cpu_path_agree() {
     let mut names = Vec::new();
     for (index, list) in lists().into_iter().enumerate() {
         let tensors: Vec<_> = list.iter().map(runner_tensor).collect();
-        let orders =
-            [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01), NormType::Rms];
+        let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01), NormType::Rms];
         for (variant, norm_type) in orders.into_iter().enumerate() {
             let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
             let loss_scale = [1.0, 1024.0, 0.3][index % 3];

@@ -5,13 +5,14 @@ use super::clip_coef::{first_bad_tile, norm_of};
 use super::grads::{with_slice, Grad, GradMut};
 use super::parallel;
 use super::partial::Partial;
-use super::{check, report_of, stats};
-use crate::abi::{ScopedGroup, Stats, StatsSlot, NO_ELEMENT, SAME_THRESHOLD, TILE_BYTES};
+use super::{check, report_of, stats, Counts};
+use crate::abi::{ClampBounds, ScopedGroup, Stats, StatsSlot, NO_ELEMENT, SAME_THRESHOLD, TILE_BYTES};
 use crate::clip_coef::Verdict;
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::fp_env::DefaultFpEnv;
 use crate::options::ClipNorm;
+use crate::report::ValueReport;
 use crate::scope::{Scope, ScopedReport, TensorStats};
 use crate::scoped_plan::ScopedPlan;
 
@@ -70,6 +71,34 @@ pub(crate) fn apply_to<'a>(measured: &Measured, grads: impl Iterator<Item = (usi
         }
     }
     parallel::scale_each(&verdicts, &mut rows);
+}
+
+/// Value clipping, with counts of each group.
+pub(crate) fn clamp(plan: &ScopedPlan, bounds: &ClampBounds, grads: Vec<GradMut<'_>>) -> ScopedReport<ValueReport> {
+    let (mut rows, mut owners) = (Vec::new(), Vec::new());
+    for (index, grad) in grads.into_iter().enumerate() {
+        let of_rows = plan.groups_of[index].clone();
+        let numel = with_slice!(GradMut, &grad, slice => slice.len());
+        let row_numel = numel.checked_div(of_rows.len()).unwrap_or(0);
+        if row_numel > 0 {
+            grad.cut(row_numel, &mut rows);
+            owners.extend(of_rows.map(|group| (group, index)));
+        }
+    }
+    let mut groups: Vec<(Counts, Option<usize>)> = vec![Default::default(); plan.groups.len()];
+    for ((group, index), counts) in owners.into_iter().zip(parallel::clamp(bounds, &mut rows)) {
+        let (total, first_nonfinite) = &mut groups[group];
+        *total = *total + counts;
+        *first_nonfinite = first_nonfinite.or((counts.nan + counts.inf > 0).then_some(index));
+    }
+    let reports = groups.iter().zip(&plan.groups).map(|(&(counts, first_nonfinite), group)| ValueReport {
+        clipped: counts.clipped,
+        nan: counts.nan,
+        numel: group.numel,
+        written: counts.clipped > 0,
+        first_nonfinite,
+    });
+    ScopedReport::new(reports.collect(), Vec::new(), plan.groups_of.clone())
 }
 
 /// The options with the group's own threshold, if it has one.

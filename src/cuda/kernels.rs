@@ -122,6 +122,35 @@ pub(crate) struct ScopedKernels {
 // SAFETY: as for `Kernels`.
 unsafe impl Send for ScopedKernels {}
 
+/// Those of value clipping with a scope; the same.
+#[derive(Debug)]
+pub(crate) struct ScopedClampKernels {
+    pub clamp: CUfunction,
+    pub counts: CUfunction,
+    modules: Modules,
+}
+
+// SAFETY: as for `Kernels`.
+unsafe impl Send for ScopedClampKernels {}
+
+impl ScopedClampKernels {
+    /// `context` must be current.
+    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let modules = Modules::new(context);
+        let module = modules.load("scoped_clamp")?;
+        Ok(Self {
+            clamp: modules.function(module, "scoped_clamp")?,
+            counts: modules.function(module, "scoped_clamp_counts")?,
+            modules,
+        })
+    }
+
+    /// As [`Kernels::leave_to_graphs`].
+    pub(crate) fn leave_to_graphs(&self) {
+        self.modules.leave_to_graphs();
+    }
+}
+
 impl ScopedKernels {
     /// `context` must be current.
     pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {

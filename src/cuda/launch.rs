@@ -43,14 +43,7 @@ impl Launcher<'_> {
     }
 
     /// Partials to report.
-    pub(crate) fn clip_coef(
-        &self,
-        params: &ClipParams,
-        sums: u64,
-        scales: u64,
-        numel: u64,
-        report: u64,
-    ) -> Result<()> {
+    pub(crate) fn clip_coef(&self, params: &ClipParams, sums: u64, scales: u64, numel: u64, report: u64) -> Result<()> {
         let (sums, scales, tiles, numel) = (arg(&sums), arg(&scales), arg(&self.num_tiles), arg(&numel));
         let (kind, params, report) = (params.norm_type, arg(params), arg(&report));
         let (kernel, args) = match kind {

@@ -184,7 +184,7 @@ impl<R: Report> Pending<R> {
             Applied::Nowhere => action::KEEP,
             Applied::OutOfPlace(nonfinite) => out_of_place(slot.action, slot.total_norm, nonfinite),
         };
-        Ok(R::from_slot(&slot, &|tile| self.plan.tensor_of(tile)))
+        Ok(R::from_slot(&slot, self.plan.numel(), &|tile| self.plan.tensor_of(tile)))
     }
 }
 

@@ -10,6 +10,7 @@
 #include "../../kernels/scoped.cu"
 #include "../../kernels/scoped_stats.cu"
 #include "../../kernels/scoped_p.cu"
+#include "../../kernels/scoped_clamp.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
 #define FOLD_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kFoldThreads)
@@ -42,6 +43,8 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(scoped_partials_p),
     TILE_KERNEL(scoped_stats_p),
     FOLD_KERNEL(scoped_coefs_p),
+    TILE_KERNEL(scoped_clamp),
+    FOLD_KERNEL(scoped_clamp_counts),
     {},
 };
 

@@ -62,7 +62,9 @@ pub fn judge(golden: &Golden, outcome: &Outcome) -> Verdict {
 fn part_of(golden: &Golden, index: usize, part: &[(usize, Range<usize>)]) -> Result<Golden, String> {
     let of_part = |tensors: &Option<Vec<Tensor>>| tensors.as_ref().map(|tensors| pieces(tensors, part));
     let mut case = Case { grads: pieces(&golden.case.grads, part), sharing: None, ..golden.case.clone() };
-    if let (Some(Sharing::Group { max_norms, .. }), Op::ClipNorm { max_norm, .. }) = (&golden.case.sharing, &mut case.op) {
+    if let (Some(Sharing::Group { max_norms, .. }), Op::ClipNorm { max_norm, .. }) =
+        (&golden.case.sharing, &mut case.op)
+    {
         *max_norm = max_norms[index].unwrap_or(f64::INFINITY);
     }
     let norms = golden.exact_norms.as_ref().ok_or("the file has no norms")?;
