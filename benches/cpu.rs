@@ -105,7 +105,7 @@ fn all() -> Vec<Entry> {
 
 /// What is measured beside PyTorch.
 fn beside_torch() -> Vec<Entry> {
-    [lists::first(), lists::sweeps(), lists::others()].into_iter().flatten().collect()
+    [lists::first(), lists::sweeps(), lists::others(), lists::larger()].into_iter().flatten().collect()
 }
 
 /// Writes a record without PyTorch: with everything that runs on one core instead.

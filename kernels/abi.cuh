@@ -98,8 +98,23 @@ struct ReportSlot {
   float coef_hi;         // multiplier rounded down to f32 ...
   float coef_lo;         // ... and what that left over
   u32 action;
-  u32 reserved;
+  u32 rank;  // of a call over several ranks only: the first that holds a NaN or an Inf, kNoRank, or one that failed
 };
+
+// `rank` of a report: none; or that of the first rank that took no part, and so nothing was written anywhere.
+constexpr u32 kNoRank = ~0u;
+constexpr u32 kRankRefused = 1u << 31;       // it had an error, or its bytes are no partial
+constexpr u32 kRankOfOtherOrder = 1u << 30;  // it measured a norm of another order than rank 0
+
+// The partial result that ranks exchange: sum * scale^order over the gradients of one rank, as Partial (partial.cuh).
+struct NormPartial {
+  double sum;    // not negative; NaN or Inf if a gradient of the rank holds one. Of the infinity norm a maximum
+  double scale;  // 1 wherever the sum is 0
+  double order;  // 1, 2, infinity or p
+  u64 tag;       // kMeasured, or kRefused for a rank that cannot take part. Anything else is no partial
+};
+constexpr u64 kMeasured = 0x315f4d70696c6367ull;  // the bytes "gclipM_1"; the last is the version of the layout
+constexpr u64 kRefused = 0x315f5270696c6367ull;   // "gclipR_1"
 
 // A call with more than one norm. A group is what shares a norm: a tensor, several, or one row of one (rows being the
 // slices along the leading dimension). The table is in the order of the groups, so that each owns tiles in a row.

@@ -40,7 +40,8 @@ extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::k
   gradclip::clamp_tiles(table, num_tiles, bounds, counts);
 }
 
-extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+// One block a multiprocessor: for two ptxas spills registers on sm_80.
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads, 1)
     scoped_clamp_counts(const gradclip::ScopedGroup* groups, gradclip::u32 num_groups, const gradclip::u64* counts,
                         gradclip::ReportSlot* reports, gradclip::u64 call, gradclip::ScopedHeader* header) {
   using namespace gradclip;

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benches" / "record"
 
 # What the README shows of the CPU, with any list on which something is slower than PyTorch.
-README_LISTS = ("1 GiB", "GPT-2", "ResNet-50", "3000 x 4 Ki")
+README_LISTS = ("1 GiB", "GPT-2", "ResNet-50", "Qwen3-30B-A3B 1/32", "3000 x 4 Ki")
 README_DTYPES = ("f32", "bf16")
 SWEEPS = re.compile(r"\d+ [KM]iB|\d+ x 4 Ki")
 MODELS = ("3000 x 4 Ki", "300 x 4 Ki")  # which are not of a sweep only

@@ -14,7 +14,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 pack=${1:?usage: scripts/gpu_pack.sh FOLDER [--candle] [--tch]}
 shift
-mkdir -p "$pack/golden"
+rm -rf "$pack/programs"
+mkdir -p "$pack/golden" "$pack/programs"
 
 # Builds targets and packs them by name: `pack_built [NAME=OTHER]... -- cargo's arguments`; OTHER where the name says too
 # little, or is that of a folder.
@@ -30,17 +31,17 @@ for line in built.stdout.splitlines():
     message = json.loads(line)
     if message.get("reason") == "compiler-artifact" and message.get("executable"):
         name = message["target"]["name"]
-        path = f"{pack}/{names.get(name, name)}"
+        path = f"{pack}/programs/{names.get(name, name)}"
         shutil.copy(message["executable"], path)
         subprocess.run(["strip", path], check=True)
 PYTHON
 }
 
-cpu_tests=(accuracy conversions exact fp_env golden hostile properties threads)
+cpu_tests=(accuracy conversions exact fp_env golden hostile into properties threads)
 tests=(on_gpu no_driver "${cpu_tests[@]}")
 pack_built gpu=gpu_bench cpu=cpu_bench golden=golden_tests gradclip=unit_tests -- \
   cargo test --release --no-run --lib "${tests[@]/#/--test=}" --bench=gpu --bench=cpu
-pack_built -- cargo build --release --example cuda_graph
+pack_built -- cargo build --release --example cuda_graph --example fused_adamw
 pack_built -- cargo build --release --features candle --example exploding_rnn
 pack_built -- cargo build --release -p transformer_lm
 echo "unit_tests ${cpu_tests[*]/#golden/golden_tests}" > "$pack/CPU_TESTS"
@@ -48,8 +49,8 @@ echo "unit_tests ${cpu_tests[*]/#golden/golden_tests}" > "$pack/CPU_TESTS"
 for option; do
   case $option in
     --candle)
-      scripts/candle_cuda.py gpu-test "$pack/candle_on_gpu"
-      strip "$pack/candle_on_gpu"
+      scripts/candle_cuda.py gpu-test "$pack/programs/candle_on_gpu"
+      strip "$pack/programs/candle_on_gpu"
       ;;
     --tch)
       torch=${TORCH:-2.11.0}
@@ -71,6 +72,9 @@ done
 cp tests/golden/*.json tests/golden/*.md "$pack/golden"
 cp benches/torch_gpu.py scripts/record_to_tables.py "$pack"
 cp scripts/gpu_run.sh "$pack/run.sh"
+# As they are they would be 80 MB.
+tar -C "$pack" -czf "$pack/programs.tar.gz" programs
+rm -r "$pack/programs"
 git describe --always --dirty --abbrev=12 > "$pack/COMMIT"
 echo "built $(date -u +%F), $(rustc --version)" > "$pack/BUILT"
 echo "packed into $pack, $(du -sm "$pack" | cut -f1) MB; on the GPU machine: $pack/run.sh RECORD"

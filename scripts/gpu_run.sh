@@ -19,6 +19,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 record=${1:?usage: run.sh RECORD [SECONDS [BENCH_SECONDS]]}
 seconds=${2:-470} bench_seconds=${3:-215}
 mkdir -p "$record"
+tar -C "$here" -xzf "$here/programs.tar.gz"
+programs=$here/programs
 export GRADCLIP_REQUIRE_GPU=1 GRADCLIP_GOLDEN=$here/golden PYTHONUNBUFFERED=1
 GRADCLIP_COMMIT=$(cat "$here/COMMIT")
 export GRADCLIP_COMMIT
@@ -58,8 +60,8 @@ clocks=$!
 scratch=$(mktemp -d)
 trap 'kill "$clocks" 2>/dev/null; rm -rf "$scratch"' EXIT
 
-check 60 "$record/tests.txt" "$here/no_driver"
-check 150 "$record/tests.txt" "$here/on_gpu" --test-threads 1
+check 60 "$record/tests.txt" "$programs/no_driver"
+check 150 "$record/tests.txt" "$programs/on_gpu" --test-threads 1
 
 # What candle and tch are linked to: the libraries of PyTorch, and of the NVIDIA packages it came with.
 libraries=$(python3 - <<'PYTHON'
@@ -74,30 +76,31 @@ PYTHON
 )
 torch=$(python3 -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null)
 libraries=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-if [ -e "$here/candle_on_gpu" ]; then
-  LD_LIBRARY_PATH=$libraries check 60 "$record/tests.txt" "$here/candle_on_gpu" --test-threads 1
+if [ -e "$programs/candle_on_gpu" ]; then
+  LD_LIBRARY_PATH=$libraries check 60 "$record/tests.txt" "$programs/candle_on_gpu" --test-threads 1
 fi
-if [ -e "$here/tch_tests" ] && [ "$torch" = "$(cat "$here/TORCH")" ]; then
-  LD_LIBRARY_PATH=$libraries check 60 "$record/tests.txt" "$here/tch_tests" --test-threads 1
-  LD_LIBRARY_PATH=$libraries check 30 "$record/examples.txt" "$here/tch_cartpole" --quick
-elif [ -e "$here/tch_tests" ]; then
+if [ -e "$programs/tch_tests" ] && [ "$torch" = "$(cat "$here/TORCH")" ]; then
+  LD_LIBRARY_PATH=$libraries check 60 "$record/tests.txt" "$programs/tch_tests" --test-threads 1
+  LD_LIBRARY_PATH=$libraries check 30 "$record/examples.txt" "$programs/tch_cartpole" --quick
+elif [ -e "$programs/tch_tests" ]; then
   note "SKIPPED: the tests of tch are for PyTorch $(cat "$here/TORCH"), here is ${torch:-none}"
 fi
 
-check 30 "$record/examples.txt" "$here/cuda_graph"
-if grep -q "^not run:" "$record/examples.txt"; then note "FAILED: cuda_graph found no GPU"; failed=1; fi
+check 30 "$record/examples.txt" "$programs/cuda_graph"
+check 30 "$record/examples.txt" "$programs/fused_adamw"
+if grep -q "^not run:" "$record/examples.txt"; then note "FAILED: an example found no GPU"; failed=1; fi
 
 # The budget is of the lists; starting, and the list that is under way when it ends, come on top.
 if python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then
-  check $((bench_seconds + 45)) "$record/bench.txt" python3 "$here/torch_gpu.py" --bench "$here/gpu_bench" \
+  check $((bench_seconds + 45)) "$record/bench.txt" python3 "$here/torch_gpu.py" --bench "$programs/gpu_bench" \
     --budget "$bench_seconds" --out "$record/bench.csv"
 else
   note "python3 has no PyTorch: measured without"
-  check $((bench_seconds + 45)) "$record/bench.txt" "$here/gpu_bench" --budget "$bench_seconds" --out "$record/bench.csv"
+  check $((bench_seconds + 45)) "$record/bench.txt" "$programs/gpu_bench" --budget "$bench_seconds" --out "$record/bench.csv"
 fi
 # The largest list takes most of the memory, so PyTorch has none beside it.
 if [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits --id=0)" -gt 136000 ] 2>/dev/null; then
-  check 60 "$record/bench.txt" "$here/gpu_bench" --max-gib 64 --list "64 GiB" --budget 20 --out "$scratch/large.csv"
+  check 60 "$record/bench.txt" "$programs/gpu_bench" --max-gib 64 --list "64 GiB" --budget 20 --out "$scratch/large.csv"
   tail -n +2 "$scratch/large.csv" >> "$record/bench.csv"
 else
   note "SKIPPED: the list of 64 GiB takes 128 GiB of GPU memory"
@@ -108,15 +111,16 @@ python3 "$here/record_to_tables.py" "$record/bench.csv" > "$record/tables.md"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
     # The semantics suite is small: every kernel, every dtype, a few elements each.
-    check 60 "$record/sanitizers.txt" compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/on_gpu" \
+    check 60 "$record/sanitizers.txt" compute-sanitizer --tool "$tool" --error-exitcode 1 "$programs/on_gpu" \
       --test-threads 1 suite::semantics
   done
 else
   note "compute-sanitizer is not installed: SKIPPED"
 fi
 
-for test in $(cat "$here/CPU_TESTS"); do check 30 "$record/tests.txt" "$here/$test"; done
-check 30 "$record/examples.txt" "$here/exploding_rnn" --quick --out "$scratch/chart.png"
+for test in $(cat "$here/CPU_TESTS"); do check 30 "$record/tests.txt" "$programs/$test"; done
+check 30 "$record/examples.txt" "$programs/exploding_rnn" --quick --out "$scratch/chart.png"
+check 30 "$record/examples.txt" "$programs/transformer_lm" --quick
 
 cat "$record/tables.md"
 if [ "$failed" = 0 ]; then note "ALL PASSED after $SECONDS s"; else note "SOME FAILED, after $SECONDS s"; fi

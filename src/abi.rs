@@ -163,9 +163,36 @@ pub struct ReportSlot {
     pub coef_lo: f32,
     /// One of [`action`].
     pub action: u32,
-    /// Room.
-    pub reserved: u32,
+    /// Of a call over several ranks only: the first rank that holds a NaN or an Inf, [`NO_RANK`], or, with
+    /// [`RANK_REFUSED`] or [`RANK_OF_OTHER_ORDER`], the first that took no part.
+    pub rank: u32,
 }
+
+/// `rank` of a report when there is none.
+pub const NO_RANK: u32 = u32::MAX;
+/// Set in `rank`: it had an error, or its bytes are no partial.
+pub const RANK_REFUSED: u32 = 1 << 31;
+/// Set in `rank`: it measured a norm of another order than rank 0.
+pub const RANK_OF_OTHER_ORDER: u32 = 1 << 30;
+
+/// What ranks exchange: `sum * scale^order` over the gradients of one rank.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct NormPartial {
+    /// Not negative; NaN or infinite if a gradient of the rank is. Of the infinity norm a maximum.
+    pub sum: f64,
+    /// 1 wherever the sum is 0.
+    pub scale: f64,
+    /// 1, 2, infinity or p.
+    pub order: f64,
+    /// [`MEASURED`] or [`REFUSED`]; anything else is no partial.
+    pub tag: u64,
+}
+
+/// Tag of a rank that took part. The last byte is the version of the layout.
+pub const MEASURED: u64 = u64::from_le_bytes(*b"gclipM_1");
+/// The tag of a rank that cannot take part.
+pub const REFUSED: u64 = u64::from_le_bytes(*b"gclipR_1");
 
 /// One tensor of a call with more than one norm. A group is what shares a norm: a tensor, several, or one row of one. The
 /// table is in the order of the groups.

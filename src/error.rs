@@ -31,6 +31,12 @@ pub enum Error {
         /// The order given.
         got: f64,
     },
+    /// [`NormType::Rms`] over several ranks: what they exchange does not have their numbers of elements.
+    #[error(
+        "the root mean square is not measured over several ranks; clip by NormType::L2, with max_norm times the root of \
+         the number of elements of all ranks"
+    )]
+    RmsOverRanks,
     /// A threshold, loss scale or norm by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at),
     /// [`ClipNorm::loss_scale_at`](crate::ClipNorm::loss_scale_at), [`TotalNorm::at`](crate::TotalNorm::at)) that cannot
     /// be read.
@@ -136,8 +142,8 @@ pub enum Error {
         /// Its address.
         address: u64,
     },
-    /// A list of a [`Scope`](crate::Scope) that has not one entry for each tensor (`groups`, `rows`) or for each group
-    /// (`max_norms`).
+    /// A list that has not one entry for each tensor (`groups` and `rows` of a [`Scope`](crate::Scope),
+    /// [`copies`](crate::Copies)) or for each group (`max_norms`).
     #[error("{what} has {got} entries, expected {expected}")]
     ScopeLength {
         /// Which list.
@@ -146,6 +152,34 @@ pub enum Error {
         expected: usize,
         /// Entries it has.
         got: usize,
+    },
+    /// Bytes that are no [`NormPartial`](crate::NormPartial), or partials that cannot be merged.
+    #[error("no partial of a norm: {reason}")]
+    InvalidPartial {
+        /// What is wrong with them.
+        reason: &'static str,
+    },
+    /// Of a call over several ranks: one of them could not take part, so that the norm over all is not known. Every other
+    /// rank that reads its result gets this error, and no rank has written a gradient.
+    #[error("rank {rank} {reason}; no rank has clipped anything")]
+    RankFailed {
+        /// The first such rank.
+        rank: usize,
+        /// What is known of it.
+        reason: &'static str,
+    },
+    /// The engine that exchanges partials between ranks ([`AllGather`](crate::AllGather)) failed on this rank. Of the
+    /// others nothing is known.
+    #[error("the partial norms could not be gathered: {reason}")]
+    Exchange {
+        /// What the engine said.
+        reason: String,
+    },
+    /// NCCL could not be loaded, or lacks a function.
+    #[error("no NCCL: {reason}")]
+    NcclMissing {
+        /// What was tried, and what the loader said.
+        reason: String,
     },
     /// A group that is not below the number of thresholds, or, where there are none, of tensors.
     #[error("tensor {tensor} is in group {group}, and groups are numbered from 0 to {}", .groups.saturating_sub(1))]

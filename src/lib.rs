@@ -28,6 +28,7 @@
 //! | `clip_coef` | measures, and gives the factor to an optimizer that multiplies by it; writes nothing |
 //! | `norms_by`, `clip_grad_norm_by`, `clip_coef_by` | where not all gradients share one norm ([`Scope`]): of each tensor, group or row |
 //! | `clip_grad_value_by` | limits each element, and counts for each tensor, group or row |
+//! | `total_norm_sharded`, `clip_grad_norm_sharded` | the same where ranks hold a part of the gradients each ([`NormPartial`]): in [`cpu`] and [`cuda`] |
 //!
 //! | module | gradients in | result |
 //! |---|---|---|
@@ -87,6 +88,8 @@
 //! * With a [loss scale](ClipNorm::loss_scale) `S`, `N` is the measured norm over `S`, every element becomes
 //!   `x * clip_coef / S`, and [`found_inf`](NormReport::found_inf) says that the scaled gradients overflowed.
 //! * Gradients can be added to a [`RunningNorm`](cpu::RunningNorm) one after the other, as backward produces them.
+//! * Where gradients are sharded over processes, ranks exchange 32 bytes each and end with the same bits:
+//!   [`cpu::clip_grad_norm_sharded`].
 //! * [`NonFinite`] says what happens when the norm is NaN or infinite: `Skip`, `Zero`, `Propagate`, `Error`.
 //! * Out of place ([`cpu::clip_grad_norm_into`]) each output is `x * clip_coef` rounded once to its own type, and is
 //!   written also where nothing is clipped. Only a norm that is skipped, or an error, leaves the outputs as they were.
@@ -114,6 +117,7 @@
 //!
 //! * `cuda` (default): the module [`cuda`]. Builds without a CUDA toolkit and loads the driver when it is first used.
 //!   To clip on a GPU it takes compute capability 7.5 and a driver for CUDA 12.0 (525), or later.
+//! * `nccl`: norms over several ranks by NCCL, through cudarc. NCCL is loaded when it is first used.
 //! * `candle`: the module [`candle`], for candle-core 0.11, CPU tensors.
 //! * `candle-cuda`: CUDA tensors too. It turns on candle's own feature `cuda`, which takes a CUDA toolkit to build and
 //!   links the driver: such a program does not start where there is none.
@@ -157,6 +161,7 @@ mod report;
 mod running_list;
 mod scope;
 mod scoped_plan;
+mod shards;
 mod total_norm;
 mod value_bounds;
 
@@ -165,6 +170,7 @@ pub use error::{Error, Result};
 pub use options::{ClipNorm, ClipValue, NonFinite, NormType};
 pub use report::{NormReport, Report, ValueReport};
 pub use scope::{Scope, ScopedReport, TensorStats};
+pub use shards::{AllGather, Copies, NormPartial};
 pub use total_norm::TotalNorm;
 
 /// Reports of past calls that a CUDA clipper keeps on the device.

@@ -41,7 +41,8 @@ pub enum NormType {
     /// holds it never overflows, where the L2 norm can.
     ///
     /// With [`Scope::per_tensor`](crate::Scope::per_tensor) it is what Adafactor and optax's `clip_by_block_rms` clip by.
-    /// What has a norm (the list, a group, a row) is what the mean is over.
+    /// What has a norm (the list, a group, a row) is what the mean is over. Over several ranks it is
+    /// [`Error::RmsOverRanks`].
     ///
     /// ```
     /// use gradclip::{cpu, ClipNorm, NormType, Scope};
@@ -282,6 +283,14 @@ impl ClipNorm {
             return Err(Error::OtherNormType { running, got: self.norm_type });
         }
         Ok(self.norm_type(running))
+    }
+
+    /// For a call over several ranks.
+    pub(crate) fn validate_over_ranks(&self) -> Result<()> {
+        if matches!(self.norm_type, NormType::Rms) {
+            return Err(Error::RmsOverRanks);
+        }
+        self.validate()
     }
 
     pub(crate) fn validate(&self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! What a call found and did.
 
-use crate::abi::{action, ReportSlot, NO_TILE};
+use crate::abi::{action, ReportSlot, NO_RANK, NO_TILE};
 
 /// Result of [`clip_grad_norm`](crate::cpu::clip_grad_norm), [`clip_with_norm`](crate::cpu::clip_with_norm),
 /// [`clip_coef`](crate::cpu::clip_coef) or [`total_norm`](crate::cpu::total_norm).
@@ -20,8 +20,11 @@ pub struct NormReport {
     pub found_inf: bool,
     /// Whether the gradients were written.
     pub written: bool,
-    /// Index of the first tensor that holds a NaN or an Inf.
+    /// Index of the first tensor that holds a NaN or an Inf. Of a call over several ranks, in the list of this rank.
     pub first_nonfinite: Option<usize>,
+    /// Of a call over several ranks ([`clip_grad_norm_sharded`](crate::cpu::clip_grad_norm_sharded)): the first rank whose
+    /// gradients hold a NaN or an Inf. The same on all ranks.
+    pub first_nonfinite_rank: Option<usize>,
 }
 
 /// Result of [`clip_grad_value`](crate::cpu::clip_grad_value), and for each group of a scope that of
@@ -97,6 +100,7 @@ impl Report for NormReport {
             found_inf: slot.found_inf != 0.0,
             written: slot.action != action::KEEP,
             first_nonfinite: first_nonfinite(slot, tensor_of),
+            first_nonfinite_rank: (slot.rank != NO_RANK).then_some(slot.rank as usize),
         }
     }
     fn rename_tensors(self, name: &dyn Fn(usize) -> usize) -> Self {

@@ -4,8 +4,8 @@
 mod support;
 
 use gradclip::abi::{
-    self, ClampBounds, ClipParams, OutputDesc, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs, ScopedTable,
-    ScopedTensor, Stats, StatsSlot, TensorDesc, TensorTable,
+    self, ClampBounds, ClipParams, NormPartial, OutputDesc, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs,
+    ScopedTable, ScopedTensor, Stats, StatsSlot, TensorDesc, TensorTable,
 };
 use gradclip::Dtype;
 use std::mem::{offset_of, size_of};
@@ -61,20 +61,22 @@ fn both_halves_of_the_abi_agree() {
             found_inf,
             coef_hi,
             coef_lo,
-            action
+            action,
+            rank
         }
     );
     layout!(
         claims,
         ScopedTensor { address, row_numel, first_tile, num_tiles, tiles_per_row, first_group, dtype, index }
     );
+    layout!(claims, NormPartial { sum, scale, order, tag });
     layout!(claims, ScopedGroup { max_norm, numel, first_tile, num_tiles });
     layout!(claims, Stats { max_abs, zeros, nonfinite, first_nonfinite });
     layout!(claims, StatsSlot { norm, stats });
     layout!(claims, ScopedHeader { call });
     layout!(claims, ScopedTable { tensors, num_tensors });
     layout!(claims, ScopedJobs { groups, num_groups, num_stats, sums, scales, tile_stats, reports, tensor_stats });
-    let values: [(&str, u64); 32] = [
+    let values: [(&str, u64); 37] = [
         ("kPackBytes", abi::PACK_BYTES as u64),
         ("kWarpThreads", abi::WARP_THREADS as u64),
         ("kRowsPerSegment", abi::ROWS_PER_SEGMENT as u64),
@@ -88,6 +90,11 @@ fn both_halves_of_the_abi_agree() {
         ("kNoTile", abi::NO_TILE),
         ("kNoElement", abi::NO_ELEMENT),
         ("kSameThreshold", abi::SAME_THRESHOLD),
+        ("kNoRank", u64::from(abi::NO_RANK)),
+        ("kRankRefused", u64::from(abi::RANK_REFUSED)),
+        ("kRankOfOtherOrder", u64::from(abi::RANK_OF_OTHER_ORDER)),
+        ("kMeasured", abi::MEASURED),
+        ("kRefused", abi::REFUSED),
         ("kF32", Dtype::F32 as u64),
         ("kF64", Dtype::F64 as u64),
         ("kF16", Dtype::F16 as u64),

@@ -21,3 +21,13 @@ fn the_first_question_is_answered_without_a_panic() {
         }
     }
 }
+
+/// cudarc panics where NCCL is missing; so it is asked for first.
+#[cfg(feature = "nccl")]
+#[test]
+fn a_missing_nccl_is_an_error() {
+    if let Err(error) = cuda::check_nccl() {
+        assert_eq!(cuda::check_nccl(), Err(error.clone()));
+        assert!(matches!(error, Error::NcclMissing { .. }) && error.to_string().contains("libnccl.so"), "{error}");
+    }
+}

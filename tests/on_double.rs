@@ -47,6 +47,8 @@ mod double {
     pub mod graphs;
     pub mod host_allocations;
     pub mod lifetimes;
+    #[cfg(feature = "nccl")]
+    pub mod nccl;
     pub mod raw;
     pub mod streams;
     pub mod threads;

@@ -11,7 +11,7 @@ mod naive;
 mod tensor;
 
 use format::DTYPES;
-use gradclip::{cpu, ClipNorm, NormType};
+use gradclip::{cpu, ClipNorm, NormType, Scope};
 use lists::{Content, Spec};
 use naive::{limited, wrong_product};
 use tensor::Tensor;
@@ -23,6 +23,9 @@ struct Everything {
     clipped: Vec<Vec<Tensor>>,
     counted: (u64, u64),
     limited: Vec<Tensor>,
+    /// With the L2 norm, out of place.
+    into: Vec<Tensor>,
+    by_tensor: (Vec<u64>, Vec<Tensor>),
 }
 
 impl Everything {
@@ -36,7 +39,13 @@ impl Everything {
         }
         let mut limited = grads.to_vec();
         let report = cpu::clip_grad_value(&mut limited, LIMIT).unwrap();
-        Self { measured, clipped, counted: (report.clipped, report.nan), limited }
+        let mut into = grads.to_vec();
+        cpu::clip_grad_norm_into(grads, &mut into, LIMIT).unwrap();
+        let mut by_tensor = grads.to_vec();
+        let scoped = cpu::clip_grad_norm_by(&mut by_tensor, &Scope::per_tensor(), LIMIT).unwrap();
+        let norms = scoped.groups.iter().map(|report| report.total_norm.to_bits()).collect();
+        let counted = (report.clipped, report.nan);
+        Self { measured, clipped, counted, limited, into, by_tensor: (norms, by_tensor) }
     }
 }
 
@@ -68,9 +77,16 @@ fn the_number_of_threads_does_not_show() {
 #[test]
 fn large_lists_are_clipped_to_their_ends() {
     let grads = large_list();
-    let Everything { measured, clipped, counted, limited: got } = Everything::of(&grads);
+    let Everything { measured, clipped, counted, limited: got, into, by_tensor } = Everything::of(&grads);
+    assert!(into == clipped[1], "out of place, the product is another");
     for ((_, clip_coef), clipped) in measured.into_iter().zip(clipped) {
         assert_eq!(wrong_product(&grads, &clipped, clip_coef), None);
+    }
+    for ((grad, norm), clipped) in grads.iter().zip(by_tensor.0).zip(by_tensor.1) {
+        let alone = cpu::total_norm(std::slice::from_ref(grad), NormType::L2).unwrap().total_norm;
+        assert_eq!(norm, alone.to_bits());
+        let clip_coef = (LIMIT / alone).min(1.0);
+        assert_eq!(wrong_product(std::slice::from_ref(grad), &[clipped], clip_coef), None);
     }
     let mut outside = 0;
     for (index, (grad, got)) in grads.iter().zip(got).enumerate() {

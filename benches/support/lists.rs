@@ -56,6 +56,15 @@ pub fn others() -> Vec<Entry> {
     entries
 }
 
+/// The largest models that leave room for PyTorch's copies, in the type in which they are trained.
+pub fn larger() -> Vec<Entry> {
+    let moe = shapes::shard("Qwen3-30B-A3B 1/32", shapes::qwen3_30b(), 32);
+    let llama_8b = shapes::shard("Llama-3-8B 1/8", shapes::llama_8b(), 8);
+    let mut entries = vec![Entry::new(&moe, "bf16"), Entry::new(&shapes::equal("300 x 1 Mi", 300, MI), "f32")];
+    entries.extend([llama_8b, shapes::gpt2_xl(), shapes::llama_1b()].iter().map(|model| Entry::new(model, "bf16")));
+    entries
+}
+
 /// One tensor of any size, and any number of small ones: what the pictures show. Beside these, `first` has 1 GiB, and 300
 /// and 3000 tensors.
 pub fn sweeps() -> Vec<Entry> {

@@ -101,11 +101,12 @@ fn key_of_16_bits(bits: u16) -> i16 {
 
 /// A chunk is looked at first, from memory into L1, and only written where something changes: on a typical step little
 /// is outside, and a read costs half of a read and a write. With longer chunks memory has nothing to do during the
-/// second look (Zen 5, one core, part of the bandwidth of a plain loop in place when every chunk is written: f32 61 %
-/// with 8 KiB, 66 % with 4, 88 % with 1, 110 % with the prefetch too).
-const CHUNK_BYTES: usize = 1024;
+/// second look. Zen 5, one core, part of the bandwidth of a plain loop in place when every chunk of f32 is written: 61 %
+/// with 8 KiB, 66 % with 4, 88 % with 1, 110 % with the prefetch too. 512 bytes are level with 1 KiB in memory, and take
+/// 15 % less in L3.
+const CHUNK_BYTES: usize = 512;
 /// Chunks that the processor is told to fetch before they are read: 8 KiB.
-const CHUNKS_AHEAD: usize = 8;
+const CHUNKS_AHEAD: usize = 16;
 
 struct ClampElements<'a, T> {
     lo: T,
@@ -118,30 +119,55 @@ impl<T: Clamp> Kernel for ClampElements<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> Counts {
-        let Self { lo, hi, elements } = self;
+        let Self { lo, hi, elements: mut rest } = self;
+        let clamper = Clamper { lo, hi, inside: always_inside(lo, hi) };
         let chunk_numel = CHUNK_BYTES / size_of::<T>();
-        let inside = always_inside(lo, hi);
-        let symmetric = lo.magnitude_bits() == hi.magnitude_bits();
         let mut counts = Counts::default();
-        for first in (0..elements.len()).step_by(chunk_numel) {
-            prefetch_chunk(elements, first + CHUNKS_AHEAD * chunk_numel);
-            let end = elements.len().min(first + chunk_numel);
-            let chunk = &mut elements[first..end];
-            let largest = T::largest_magnitude_bits(chunk);
-            if inside.is_some_and(|inside| largest <= inside) {
-                continue;
-            }
-            if largest >= T::INF_BITS {
-                counts.inf += chunk.iter().filter(|x| x.magnitude_bits() == T::INF_BITS).count() as u64;
-            }
-            if largest > T::INF_BITS {
-                counts = counts + clamp_beside_nan(lo, hi, chunk);
-            } else if symmetric || chunk.iter().fold(false, |any, x| any | is_outside(lo, hi, *x)) {
-                counts.clipped += clamp_chunk(lo, hi, chunk);
-            }
+        // The compiler sees that these have one length.
+        while rest.len() >= chunk_numel {
+            let (chunk, others) = std::mem::take(&mut rest).split_at_mut(chunk_numel);
+            prefetch_chunk(others, (CHUNKS_AHEAD - 1) * chunk_numel);
+            counts = counts + clamper.clamp(chunk);
+            rest = others;
+        }
+        counts + clamper.clamp(rest)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Clamper<T> {
+    lo: T,
+    hi: T,
+    inside: Option<u64>,
+}
+
+impl<T: Clamp> Clamper<T> {
+    #[inline(always)]
+    fn clamp(self, chunk: &mut [T]) -> Counts {
+        let Self { lo, hi, inside } = self;
+        let mut counts = Counts::default();
+        let largest = T::largest_magnitude_bits(chunk);
+        if inside.is_some_and(|inside| largest <= inside) {
+            return counts;
+        }
+        if largest >= T::INF_BITS {
+            counts.inf = count_inf(chunk);
+        }
+        if largest > T::INF_BITS {
+            counts = counts + clamp_beside_nan(lo, hi, chunk);
+        } else if lo.magnitude_bits() == hi.magnitude_bits()
+            || chunk.iter().fold(false, |any, x| any | is_outside(lo, hi, *x))
+        {
+            counts.clipped = clamp_chunk(lo, hi, chunk);
         }
         counts
     }
+}
+
+#[cold]
+#[inline(never)]
+fn count_inf<T: Clamp>(chunk: &[T]) -> u64 {
+    chunk.iter().filter(|x| x.magnitude_bits() == T::INF_BITS).count() as u64
 }
 
 /// The largest magnitude that is inside the bounds with either sign, and finite.
@@ -173,13 +199,15 @@ fn clamped<T: Clamp>(lo: T, hi: T, x: T) -> T {
     }
 }
 
-/// Clamps a chunk without NaN; how many were outside.
+/// Clamps a chunk without NaN; how many were outside, which are those that changed. One comparison less for each element
+/// than asking both bounds again: 16.5 against 18.7 ns a KiB of f32 in L2 (Zen 5, one core).
 #[inline(always)]
 fn clamp_chunk<T: Clamp>(lo: T, hi: T, chunk: &mut [T]) -> u64 {
     let mut clipped = T::Count::default();
     for x in chunk {
-        clipped += is_outside(lo, hi, *x).into();
-        *x = clamped(lo, hi, *x);
+        let new = clamped(lo, hi, *x);
+        clipped += (new.key() != x.key()).into();
+        *x = new;
     }
     clipped.into()
 }

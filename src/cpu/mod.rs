@@ -4,18 +4,19 @@
 //! the index of the element, so the number of threads, the instruction set and the processor do not show.
 
 mod clamp;
-mod clip_coef;
+pub(crate) mod clip_coef;
 mod element;
 mod grads;
 mod isa;
 mod norm_partials;
 mod parallel;
-mod partial;
+pub(crate) mod partial;
 mod power;
 mod running;
 mod scale;
 mod scale_into;
 pub(crate) mod scoped;
+pub(crate) mod shards;
 mod stats;
 mod summation;
 
@@ -24,6 +25,7 @@ pub use grads::{AsGrad, AsGradMut, Grad, GradMut};
 #[cfg(feature = "candle")]
 pub(crate) use parallel::SERIAL_BYTES;
 pub use running::RunningNorm;
+pub use shards::{clip_grad_norm_sharded, norm_partial, total_norm_sharded};
 
 use crate::abi::ClampBounds;
 use crate::clip_coef::{decide, Verdict};
@@ -402,7 +404,10 @@ fn report_of(clip: &ClipNorm, total_norm: f64, first_nonfinite: Option<usize>) -
         return Err(Error::NonFinite { total_norm, tensor: first_nonfinite });
     }
     let written = verdict.written();
-    Ok((NormReport { total_norm, clip_coef, multiplier, found_inf, written, first_nonfinite }, verdict))
+    let first_nonfinite_rank = None;
+    let report =
+        NormReport { total_norm, clip_coef, multiplier, found_inf, written, first_nonfinite, first_nonfinite_rank };
+    Ok((report, verdict))
 }
 
 /// Stage 3, after [`measure`], which has looked at every gradient.

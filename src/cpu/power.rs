@@ -164,6 +164,13 @@ pub(crate) fn scaled_root(sum: f64, unit: f64, p: f64) -> f64 {
     times_power_of_two(times_power_of_two(unit, -unit_exponent) * root.mantissa, exponent)
 }
 
+/// Whether `scaled_root` can take the root of a sum below 1, which is down to 2^-900 of the unit. Twin: `norm_over_ranks`
+/// in `kernels/shards.cu`.
+pub(crate) fn root_is_in_range(sum: f64, p: f64) -> bool {
+    let of_sum = Log2::of(sum);
+    (of_sum.whole + of_sum.fraction) / p >= -900.0
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

@@ -6,6 +6,7 @@ use super::launch::Launcher;
 use super::outputs::Outputs;
 use super::reports::{Applied, Pending, ReportRing};
 use super::scoped::ScopedCalls;
+use super::shards::Shards;
 use super::workspace::Workspace;
 use crate::abi::{nonfinite, norm_type, ClipParams};
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, DeviceList};
@@ -62,6 +63,8 @@ pub struct Clipper {
     pub(super) multiprocessors: u32,
     /// From the first call with a [`Scope`](crate::Scope) on.
     pub(super) scoped: Option<KeepsContext<ScopedCalls>>,
+    /// From the first call over several ranks on.
+    pub(super) shards: Option<KeepsContext<Shards>>,
 }
 
 impl Clipper {
@@ -93,6 +96,7 @@ impl Clipper {
             plan: Arc::new(Plan::default()),
             list: DeviceList::default(),
             scoped: None,
+            shards: None,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
         })
     }
@@ -112,6 +116,7 @@ impl Clipper {
             plan: Arc::default(),
             list: DeviceList::default(),
             scoped: None,
+            shards: None,
             multiprocessors: self.multiprocessors,
         })
     }
@@ -310,11 +315,13 @@ impl Clipper {
     }
 
     /// Device memory this clipper holds, in bytes: at most 32 a tensor, 16 for each 32 KiB of gradients, and 36 KiB for
-    /// reports; 16 a tensor more once there were outputs.
+    /// reports; 16 a tensor more once there were outputs; after a call over several ranks 32 for each of them and one more,
+    /// and 4 a tensor with copies.
     #[must_use]
     pub fn device_bytes(&self) -> usize {
         let scoped = self.scoped.as_ref().map_or(0, |scoped| scoped.device_bytes());
-        self.workspace.device_bytes() + self.outputs.device_bytes() + self.reports.bytes() + scoped
+        let shards = self.shards.as_ref().map_or(0, |shards| shards.device_bytes());
+        self.workspace.device_bytes() + self.outputs.device_bytes() + self.reports.bytes() + scoped + shards
     }
 
     /// Pinned host memory this clipper holds, in bytes: none for lists of up to 160 tensors without
@@ -322,7 +329,8 @@ impl Clipper {
     #[must_use]
     pub fn pinned_bytes(&self) -> usize {
         let scoped = self.scoped.as_ref().map_or(0, |scoped| scoped.pinned_bytes());
-        self.workspace.pinned_bytes() + self.outputs.pinned_bytes() + scoped
+        let shards = self.shards.as_ref().map_or(0, |shards| shards.pinned_bytes());
+        self.workspace.pinned_bytes() + self.outputs.pinned_bytes() + scoped + shards
     }
 
     /// The stream that all work goes to.
@@ -399,7 +407,7 @@ impl Clipper {
     }
 
     /// [`prepare`](Self::prepare), for a call that may have to wait.
-    fn prepare_norm(&mut self, clip: &ClipNorm) -> Result<bool> {
+    pub(super) fn prepare_norm(&mut self, clip: &ClipNorm) -> Result<bool> {
         let capturing = self.prepare()?;
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
@@ -442,7 +450,7 @@ impl Clipper {
         Ok(())
     }
 
-    fn launcher(&self) -> Launcher<'_> {
+    pub(super) fn launcher(&self) -> Launcher<'_> {
         Launcher {
             kernels: &self.kernels,
             stream: &self.stream,

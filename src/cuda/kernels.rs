@@ -107,6 +107,58 @@ impl IntoKernel {
     }
 }
 
+/// The kernels of norms over several ranks. Loaded when they are first needed.
+#[derive(Debug)]
+pub(crate) struct ShardKernels {
+    pub weigh_partials: CUfunction,
+    fold_partials: CUfunction,
+    fold_partials_p: CUfunction,
+    clip_coef: CUfunction,
+    clip_coef_p: CUfunction,
+    modules: Modules,
+}
+
+// SAFETY: as for `Kernels`.
+unsafe impl Send for ShardKernels {}
+
+impl ShardKernels {
+    /// `context` must be current.
+    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let modules = Modules::new(context);
+        let shards = modules.load("shards")?;
+        let function = |symbol| modules.function(shards, symbol);
+        Ok(Self {
+            weigh_partials: function("weigh_partials")?,
+            fold_partials: function("fold_partials")?,
+            fold_partials_p: function("fold_partials_p")?,
+            clip_coef: function("clip_coef_of_ranks")?,
+            clip_coef_p: function("clip_coef_of_ranks_p")?,
+            modules,
+        })
+    }
+
+    pub(crate) fn fold_partials(&self, norm_type: NormType) -> CUfunction {
+        if matches!(norm_type, NormType::P(_)) {
+            self.fold_partials_p
+        } else {
+            self.fold_partials
+        }
+    }
+
+    pub(crate) fn clip_coef(&self, norm_type: NormType) -> CUfunction {
+        if matches!(norm_type, NormType::P(_)) {
+            self.clip_coef_p
+        } else {
+            self.clip_coef
+        }
+    }
+
+    /// As [`Kernels::leave_to_graphs`].
+    pub(crate) fn leave_to_graphs(&self) {
+        self.modules.leave_to_graphs();
+    }
+}
+
 /// The kernels of calls with more than one norm. Loaded when they are first needed: their PTX is larger than that of all
 /// others.
 #[derive(Debug)]

@@ -13,10 +13,13 @@ mod driver;
 mod kernels;
 mod launch;
 mod memory;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod outputs;
 mod reports;
 mod running;
 mod scoped;
+mod shards;
 mod thread_clippers;
 mod workspace;
 
@@ -24,9 +27,13 @@ pub use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut, RawGrad};
 pub use clipper::Clipper;
 pub use driver::{check_driver, context};
 pub use kernels::compiler;
+#[cfg(feature = "nccl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nccl")))]
+pub use nccl::check_nccl;
 pub use reports::Pending;
 pub use running::RunningNorm;
 pub use scoped::PendingScoped;
+pub use shards::DeviceAllGather;
 pub use thread_clippers::{
     clip_coef, clip_coef_by, clip_grad_norm, clip_grad_norm_by, clip_grad_norm_into, clip_grad_value,
     clip_grad_value_by, clip_with_norm, norms_by, release_thread_clippers, total_norm,

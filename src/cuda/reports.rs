@@ -2,13 +2,13 @@
 
 use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread};
 use super::memory::DeviceBuffer;
-use crate::abi::{action, ReportSlot};
+use crate::abi::{action, ReportSlot, NO_RANK, RANK_OF_OTHER_ORDER, RANK_REFUSED};
 use crate::clip_coef::out_of_place;
 use crate::error::{Error, Result};
 use crate::options::NonFinite;
 use crate::plan::Plan;
 use crate::report::{NormReport, Report};
-use crate::REPORTS_KEPT;
+use crate::{shards, REPORTS_KEPT};
 use bytemuck::Zeroable;
 use cudarc::driver::{result, CudaStream};
 use std::marker::PhantomData;
@@ -153,17 +153,27 @@ pub struct Pending<R> {
     slot: Slot,
     plan: Arc<Plan>,
     applied: Applied,
+    over_ranks: bool,
     report: PhantomData<R>,
 }
 
 impl<R: Report> Pending<R> {
     pub(crate) fn new(ring: Arc<ReportRing>, slot: Slot, plan: Arc<Plan>) -> Self {
-        Self { ring, slot, plan, applied: Applied::InPlace, report: PhantomData }
+        Self { ring, slot, plan, applied: Applied::InPlace, over_ranks: false, report: PhantomData }
     }
 
     /// Of a call that does something else with what the slot says.
     pub(crate) fn applied(self, applied: Applied) -> Self {
         Self { applied, ..self }
+    }
+
+    pub(crate) fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    /// Of a call over several ranks, whose slot says more.
+    pub(crate) fn over_ranks(self) -> Self {
+        Self { over_ranks: true, ..self }
     }
 
     /// Waits for the stream, and reads the report. The only wait of this crate (with [`NonFinite::Error`], the clip
@@ -174,17 +184,31 @@ impl<R: Report> Pending<R> {
     /// # Errors
     /// [`Error::ReportExpired`] after [`REPORTS_KEPT`] later calls; [`Error::ReportNotReady`] for a captured call that no
     /// replay has run; [`Error::CaptureNeedsWarmup`] while the stream captures, which goes on; [`Error::WrongThread`] for
-    /// the per-thread default stream of another thread; [`Error::Driver`] if the work on the stream failed.
+    /// the per-thread default stream of another thread; [`Error::Driver`] if the work on the stream failed; of a call over
+    /// several ranks [`Error::RankFailed`].
     ///
     /// [`NonFinite::Error`]: crate::NonFinite::Error
     pub fn wait(&self) -> Result<R> {
         let mut slot = self.ring.read(self.slot)?;
+        slot.rank = if self.over_ranks { rank_of(&slot)? } else { NO_RANK };
         slot.action = match self.applied {
             Applied::InPlace => slot.action,
             Applied::Nowhere => action::KEEP,
             Applied::OutOfPlace(nonfinite) => out_of_place(slot.action, slot.total_norm, nonfinite),
         };
         Ok(R::from_slot(&slot, self.plan.numel(), &|tile| self.plan.tensor_of(tile)))
+    }
+}
+
+/// The rank that the slot of a call over several ranks names.
+fn rank_of(slot: &ReportSlot) -> Result<u32> {
+    let flags = RANK_REFUSED | RANK_OF_OTHER_ORDER;
+    let failed = |reason| Err(Error::RankFailed { rank: (slot.rank & !flags) as usize, reason });
+    match slot.rank {
+        NO_RANK => Ok(NO_RANK),
+        rank if rank & RANK_REFUSED != 0 => failed(shards::RANK_REFUSED),
+        rank if rank & RANK_OF_OTHER_ORDER != 0 => failed(shards::RANK_OF_OTHER_ORDER),
+        rank => Ok(rank),
     }
 }
 

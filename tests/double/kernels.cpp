@@ -11,6 +11,7 @@
 #include "../../kernels/scoped_stats.cu"
 #include "../../kernels/scoped_p.cu"
 #include "../../kernels/scoped_clamp.cu"
+#include "../../kernels/shards.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
 #define FOLD_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kFoldThreads)
@@ -45,6 +46,11 @@ const HostKernel project_kernels[] = {
     FOLD_KERNEL(scoped_coefs_p),
     TILE_KERNEL(scoped_clamp),
     FOLD_KERNEL(scoped_clamp_counts),
+    TILE_KERNEL(weigh_partials),
+    FOLD_KERNEL(fold_partials),
+    FOLD_KERNEL(fold_partials_p),
+    FOLD_KERNEL(clip_coef_of_ranks),
+    FOLD_KERNEL(clip_coef_of_ranks_p),
     {},
 };
 

@@ -12,3 +12,4 @@
 #include "driver/graphs.cpp"
 #include "driver/modules.cpp"
 #include "driver/launches.cpp"
+#include "driver/nccl.cpp"

@@ -13,6 +13,7 @@ mod parity;
 mod running;
 mod scoped;
 mod semantics;
+mod shards;
 
 /// The training of the examples, to run it here.
 #[path = "../../examples/cuda_graph/train.rs"]

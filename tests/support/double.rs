@@ -2,7 +2,7 @@
 //! `tests/double/driver`, and `tests/double/README.md` says what it notices and what it does not simulate.
 
 use std::ffi::{c_char, c_int, CStr, CString, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result};
@@ -124,15 +124,20 @@ pub fn build(compiler: &Compiler, without: &[&str]) -> Result<[PathBuf; 2]> {
         compile_flags: &flags,
         link_flags: &["-shared".into(), soname("libcuda.so"), toolchain::hide_symbols(without)?],
     })?;
-    // Programs ask for libcuda.so or libcuda.so.1; the loader compares sonames. The second name is an empty library
-    // that depends on the first, so a symbol looked up in it is found there.
-    let alias = compiler.build(&Build {
-        file_name: "libcuda.so.1",
-        sources: &["driver/alias.cpp"],
-        compile_flags: &flags,
-        link_flags: &["-shared".into(), soname("libcuda.so.1"), "-Wl,--no-as-needed".into(), double.clone().into()],
-    })?;
+    // Programs ask for libcuda.so or libcuda.so.1; the loader compares sonames.
+    let alias = alias(compiler, "libcuda.so.1", &double)?;
     Ok([double, alias])
+}
+
+/// An empty library of another name that depends on the double, so a symbol looked up in it is found there.
+fn alias(compiler: &Compiler, name: &'static str, double: &Path) -> Result<PathBuf> {
+    let soname = format!("-Wl,-soname,{name}").into();
+    compiler.build(&Build {
+        file_name: name,
+        sources: &["driver/alias.cpp"],
+        compile_flags: &["-O2", "-fPIC", "-fvisibility=hidden"],
+        link_flags: &["-shared".into(), soname, "-Wl,--no-as-needed".into(), double.into()],
+    })
 }
 
 fn load(compiler: &Compiler, without: &[&str]) -> Result<Library> {
@@ -163,6 +168,19 @@ impl Double {
         let function = self.function::<unsafe extern "C" fn(A)>(name);
         // SAFETY: see `function`; takes one argument by value.
         unsafe { function(value) }
+    }
+
+    /// From now on the double is NCCL too.
+    pub fn be_nccl(&self) {
+        static LOADED: OnceLock<()> = OnceLock::new();
+        LOADED.get_or_init(|| {
+            let compiler = toolchain::compiler().expect("the double was built");
+            let [double, _] = build(compiler, &[]).expect("it was built before");
+            let path = alias(compiler, "libnccl.so", &double).expect("an empty library builds");
+            // SAFETY: our own library; its initialisers only fill tables.
+            let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.expect("it loads");
+            std::mem::forget(library); // stays for the process
+        });
     }
 
     /// Everything as in a new process: memory freed, handles invalid, counters and settings at their defaults.

@@ -10,3 +10,4 @@ pub mod runner;
 pub mod tensor;
 pub mod tolerance;
 pub mod toolchain;
+pub mod world;

@@ -39,6 +39,21 @@ pub fn norm(tensors: &[Tensor], norm_type: NormType) -> f64 {
     norm_of_sum(lanes, tiles(tensors), norm_type)
 }
 
+/// [`norm`] of what several ranks hold together: one division by the copies, then a fold over the ranks as over tiles, so
+/// at most 11 additions and one for each 1024 ranks more.
+pub fn norm_over_ranks(tensors: &[Tensor], norm_type: NormType, ranks: usize) -> f64 {
+    let levels = 1 + 11 + ranks.div_ceil(FOLD_THREADS);
+    match norm_type {
+        NormType::P(p) => {
+            let numel = tensors.iter().map(Tensor::numel).sum();
+            // A combination more for each level of ranks; the division is a rounding of the sum.
+            norm_of_any_order(numel, tiles(tensors) + levels * FOLD_THREADS, p) + V / p
+        }
+        NormType::Inf => 0.0,
+        _ => norm(tensors, norm_type) + levels as f64 * V,
+    }
+}
+
 /// [`norm`] of one tensor.
 pub fn norm_of(dtype: Dtype, numel: usize, norm_type: NormType) -> f64 {
     let tiles = (numel * dtype.size()).div_ceil(gradclip::abi::TILE_BYTES);

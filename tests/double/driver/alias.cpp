@@ -1,1 +1,1 @@
-// libcuda.so.1: nothing of its own, see tests/support/double.rs.
+// libcuda.so.1 and libnccl.so: nothing of their own, see tests/support/double.rs.
