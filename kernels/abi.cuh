@@ -28,7 +28,7 @@ constexpr u32 kFoldThreads = 1024;                             // block size of 
 constexpr u32 kBlocksPerMultiprocessor = 4;
 
 enum Dtype : u32 { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
-enum NormType : u32 { kL1 = 0, kL2 = 1, kInf = 2, kP = 3 };
+enum NormType : u32 { kL1 = 0, kL2 = 1, kInf = 2, kP = 3, kRms = 4 };  // the partials of kRms are those of kL2
 enum NonFinite : u32 { kSkip = 0, kZero = 1, kPropagate = 2 };
 
 // What the apply stage has to do with the gradients.

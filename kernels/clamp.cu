@@ -32,17 +32,5 @@ extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
   clipped = fold_block(clipped, clipped_slots, sum);
   nans = fold_block(nans, nan_slots, sum);
   first_bad_tile = fold_block(first_bad_tile, tile_slots, [](u64 a, u64 b) { return a < b ? a : b; });
-  if (thread_index() == 0) {
-    report->total_norm = 0.0;
-    report->clip_coef = 1.0;
-    report->multiplier = 1.0;
-    report->multiplier_f32 = 1.0f;
-    report->found_inf = first_bad_tile == kNoTile ? 0.0f : 1.0f;
-    report->coef_hi = 1.0f;
-    report->coef_lo = 0.0f;
-    report->first_bad_tile = first_bad_tile;
-    report->clipped_elements = clipped;
-    report->nan_elements = nans;
-    report->action = clipped > 0 ? kScale : kKeep;
-  }
+  if (thread_index() == 0) report_clamped(report, clipped, nans, first_bad_tile);
 }

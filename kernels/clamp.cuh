@@ -1,10 +1,8 @@
-// Tiles between two bounds, in place, and how many elements of each tile were outside.
-//   writes   packs in which an element changed
-//   NaN      kept bit for bit, and counted; Inf becomes the bound
-//   twin     src/cpu/clamp.rs
+// Value clipping of tiles: min(max(x, lo), hi), in place, and how many elements that changed. Twin: src/cpu/clamp.rs.
 #pragma once
 
 #include "elementwise.cuh"
+#include "scoped_table.cuh"
 
 namespace gradclip {
 
@@ -52,12 +50,15 @@ __device__ __forceinline__ u64 clamp_tile(const TensorDesc& desc, u32 tile, type
   return pack_counts(map.clipped, map.nans, map.infs);
 }
 
-template <template <class> class Map = ClampMap>
-__device__ __forceinline__ void clamp_tiles(const TensorTable& table, u32 num_tiles, const ClampBounds& bounds, u64* counts) {
+__device__ __forceinline__ TensorDesc tensor_of_tile(const TensorTable& table, u32 tile) { return find_tensor(table, tile); }
+__device__ __forceinline__ TensorDesc tensor_of_tile(const ScopedTable& table, u32 tile) { return find_row(table, tile).desc; }
+
+template <template <class> class Map = ClampMap, class Table>
+__device__ __forceinline__ void clamp_tiles(const Table& table, u32 num_tiles, const ClampBounds& bounds, u64* counts) {
   GRADCLIP_SHARED_ARRAY(u64, warp_counts, 2 * kSegmentsPerTile);
   u32 slots = 0;
   for (u32 tile = block_index(); tile < num_tiles; tile += grid_blocks()) {
-    const TensorDesc desc = find_tensor(table, tile);
+    const TensorDesc desc = tensor_of_tile(table, tile);
     u64 mine;
     switch (desc.dtype) {
       case kF32: mine = clamp_tile<Map, F32>(desc, tile, bounds.lo_f32, bounds.hi_f32); break;
@@ -77,6 +78,21 @@ __device__ __forceinline__ void clamp_tiles(const TensorTable& table, u32 num_ti
     }
     slots = kSegmentsPerTile - slots;
   }
+}
+
+// What one list, or one group, comes to.
+__device__ __forceinline__ void report_clamped(ReportSlot* report, u64 clipped, u64 nans, u64 first_bad_tile) {
+  report->total_norm = 0.0;
+  report->clip_coef = 1.0;
+  report->multiplier = 1.0;
+  report->multiplier_f32 = 1.0f;
+  report->found_inf = first_bad_tile == kNoTile ? 0.0f : 1.0f;
+  report->coef_hi = 1.0f;
+  report->coef_lo = 0.0f;
+  report->first_bad_tile = first_bad_tile;
+  report->clipped_elements = clipped;
+  report->nan_elements = nans;
+  report->action = clipped > 0 ? kScale : kKeep;
 }
 
 }  // namespace gradclip

@@ -10,8 +10,10 @@
 
 namespace gradclip {
 
+template <class ToNorm>
 __device__ __forceinline__ void clip_coef(const double* sums, const double* scales, u32 num_tiles,
-                                          const ClipParams& params, NormOrder order, ReportSlot* report) {
+                                          const ClipParams& params, NormOrder order, ReportSlot* report,
+                                          const ToNorm& to_norm) {
   GRADCLIP_SHARED_ARRAY(Partial, partial_slots, kWarpThreads);
   GRADCLIP_SHARED_ARRAY(u64, tile_slots, kWarpThreads);
   Partial mine = {0.0, 1.0};
@@ -27,8 +29,13 @@ __device__ __forceinline__ void clip_coef(const double* sums, const double* scal
     report->first_bad_tile = first_bad_tile;
     report->clipped_elements = 0;
     report->nan_elements = 0;
-    decide(params, threshold_of(params), norm_of(order, total), report);
+    decide(params, threshold_of(params), to_norm(total), report);
   }
+}
+
+__device__ __forceinline__ void clip_coef(const double* sums, const double* scales, u32 num_tiles,
+                                          const ClipParams& params, NormOrder order, ReportSlot* report) {
+  clip_coef(sums, scales, num_tiles, params, order, report, [order](Partial total) { return norm_of(order, total); });
 }
 
 }  // namespace gradclip
@@ -46,6 +53,15 @@ extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
     clip_coef_p(const double* sums, const double* scales, gradclip::u32 num_tiles, gradclip::ClipParams params,
                 gradclip::ReportSlot* report) {
   gradclip::clip_coef(sums, scales, num_tiles, params, {gradclip::kP, params.p}, report);
+}
+
+// The root mean square of all `numel` elements.
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+    clip_coef_rms(const double* sums, const double* scales, gradclip::u32 num_tiles, gradclip::u64 numel,
+                  gradclip::ClipParams params, gradclip::ReportSlot* report) {
+  using namespace gradclip;
+  const auto to_norm = [numel](Partial total) { return norm_of(kL2, mean_of(total, numel)); };
+  clip_coef(sums, scales, num_tiles, params, kL2, report, to_norm);
 }
 
 extern "C" __global__ void __launch_bounds__(gradclip::kWarpThreads)

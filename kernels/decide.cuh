@@ -73,4 +73,11 @@ __device__ __forceinline__ double norm_of(NormOrder order, Partial total) {
   return mul(order.type == kL2 ? sqrt(total.sum) : total.sum, total.scale);
 }
 
+// A sum of squares to their mean, whose norm of order 2 is the root mean square: the norm itself may be beyond f64 where
+// that is not. Never subnormal: the least sum is 2^-948, and `numel` is below 2^64.
+__device__ __forceinline__ Partial mean_of(Partial total, u64 numel) {
+  if (total.sum != 0.0) total.sum = div(total.sum, static_cast<double>(numel));
+  return total;
+}
+
 }  // namespace gradclip

@@ -23,4 +23,29 @@ __device__ __forceinline__ Value fold_block(Value value, Value* slots, const Com
   return value;
 }
 
+// The same fold of `count` values, load(0) to load(count - 1), by one warp, which goes through the 32 warps of that block
+// one after the other.
+struct WarpFold {
+  template <class Value, class Load, class Combine>
+  __device__ __forceinline__ Value operator()(u32 count, Value zero, const Load& load, const Combine& combine) const {
+    const u32 lane = thread_index() % kWarpThreads;
+    Value of_warp = zero;
+    for (u32 warp = 0; warp < kWarpThreads && warp * kWarpThreads < count; ++warp) {
+      Value mine = zero;
+      for (u32 i = warp * kWarpThreads + lane; i < count; i += kFoldThreads) mine = combine(mine, load(i));
+#pragma unroll
+      for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) mine = combine(mine, shfl_xor(mine, mask));
+      if (lane == warp) of_warp = mine;
+    }
+#pragma unroll
+    for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) of_warp = combine(of_warp, shfl_xor(of_warp, mask));
+    return of_warp;
+  }
+  __device__ __forceinline__ bool writes() const { return thread_index() % kWarpThreads == 0; }
+};
+
+// Jobs with more tiles than this are done by the whole block, one after the other: a warp would take longer to fold them
+// than all blocks take to read them. Not tuned on a GPU yet.
+constexpr u32 kTilesOfWarpJob = 256;
+
 }  // namespace gradclip

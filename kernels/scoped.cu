@@ -22,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
     scoped_coefs(gradclip::ScopedTable table, gradclip::ScopedJobs jobs, gradclip::ClipParams params, gradclip::u64 call,
                  gradclip::ScopedHeader* header) {
   if (params.norm_type == gradclip::kP) return;  // never launched with it; so the compiler leaves the powers out
-  gradclip::scoped_coefs(table, jobs, params, params.norm_type, call, header);
+  const gradclip::u32 order = params.norm_type == gradclip::kRms ? gradclip::kL2 : params.norm_type;
+  gradclip::scoped_coefs(table, jobs, params, order, call, header);
 }
 
 extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)

@@ -24,28 +24,7 @@ __device__ __forceinline__ void scoped_partials(const ScopedTable& table, u32 nu
   }
 }
 
-// Folding the `count` values of a job, value(0) to value(count - 1), in the order of fold_block: by one warp, which goes
-// through the 32 warps of that block one after the other ...
-struct WarpFold {
-  template <class Value, class Load, class Combine>
-  __device__ __forceinline__ Value operator()(u32 count, Value zero, const Load& load, const Combine& combine) const {
-    const u32 lane = thread_index() % kWarpThreads;
-    Value of_warp = zero;
-    for (u32 warp = 0; warp < kWarpThreads && warp * kWarpThreads < count; ++warp) {
-      Value mine = zero;
-      for (u32 i = warp * kWarpThreads + lane; i < count; i += kFoldThreads) mine = combine(mine, load(i));
-#pragma unroll
-      for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) mine = combine(mine, shfl_xor(mine, mask));
-      if (lane == warp) of_warp = mine;
-    }
-#pragma unroll
-    for (u32 mask = kWarpThreads / 2; mask > 0; mask /= 2) of_warp = combine(of_warp, shfl_xor(of_warp, mask));
-    return of_warp;
-  }
-  __device__ __forceinline__ bool writes() const { return thread_index() % kWarpThreads == 0; }
-};
-
-// ... or by the whole block.
+// Folding the `count` values of a job: by one warp (WarpFold in fold.cuh), or by the whole block.
 struct BlockFold {
   Partial* partial_slots;
   Stats* stats_slots;
@@ -76,6 +55,11 @@ __device__ __forceinline__ Partial fold_partials(const Fold& fold, const ScopedJ
               [order](Partial a, Partial b) { return combine(order, a, b); });
 }
 
+__device__ __forceinline__ double norm_of(const ClipParams& params, NormOrder order, Partial total, u64 numel) {
+  if (order.type == kL2 && params.norm_type == kRms) total = mean_of(total, numel);
+  return norm_of(order, total);
+}
+
 template <class Fold>
 __device__ __forceinline__ void group_job(const Fold& fold, const ScopedJobs& jobs, const ClipParams& params, NormOrder order,
                                           u32 index) {
@@ -91,13 +75,13 @@ __device__ __forceinline__ void group_job(const Fold& fold, const ScopedJobs& jo
     report->clipped_elements = 0;
     report->nan_elements = 0;
     const double max_norm = bits_of(group.max_norm) == kSameThreshold ? threshold_of(params) : group.max_norm;
-    decide(params, max_norm, norm_of(order, total), report);
+    decide(params, max_norm, norm_of(params, order, total, group.numel), report);
   }
 }
 
 template <class Fold>
-__device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jobs, NormOrder order,
-                                          const ScopedTensor& tensor) {
+__device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jobs, const ClipParams& params,
+                                          NormOrder order, const ScopedTensor& tensor) {
   const Partial total = fold_partials(fold, jobs, order, tensor.first_tile, tensor.num_tiles);
   const Stats stats = fold(
       tensor.num_tiles, kNoStats,
@@ -109,12 +93,11 @@ __device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jo
         return of_tile;
       },
       [](const Stats& a, const Stats& b) { return combine(a, b); });
-  if (fold.writes()) jobs.tensor_stats[tensor.index] = {norm_of(order, total), stats};
+  if (fold.writes()) {
+    const u64 numel = rows_of(tensor) * tensor.row_numel;
+    jobs.tensor_stats[tensor.index] = {norm_of(params, order, total, numel), stats};
+  }
 }
-
-// Jobs with more tiles than this are done by the whole block, one after the other: a warp would take longer to fold them
-// than all blocks take to read them. Not tuned on a GPU yet.
-constexpr u32 kTilesOfWarpJob = 256;
 
 __device__ __forceinline__ u32 tiles_of_job(const ScopedJobs& jobs, const ScopedTable& table, u32 job) {
   if (job < jobs.num_groups) return jobs.groups[job].num_tiles;
@@ -127,7 +110,7 @@ __device__ __forceinline__ void do_job(const Fold& fold, const ScopedJobs& jobs,
   if (job < jobs.num_groups) {
     group_job(fold, jobs, params, order, job);
   } else if (job - jobs.num_groups < jobs.num_stats) {
-    stats_job(fold, jobs, order, table.tensors[job - jobs.num_groups]);
+    stats_job(fold, jobs, params, order, table.tensors[job - jobs.num_groups]);
   }
 }
 

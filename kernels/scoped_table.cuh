@@ -15,6 +15,10 @@ __device__ __forceinline__ u32 row_of(const ScopedTensor& tensor, u32 tile) {
   return (tile - tensor.first_tile) / tensor.tiles_per_row;
 }
 
+__device__ __forceinline__ u32 rows_of(const ScopedTensor& tensor) {
+  return tensor.num_tiles == 0 ? 0 : tensor.num_tiles / tensor.tiles_per_row;
+}
+
 __device__ __forceinline__ u64 size_of(u32 dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
 
 __device__ __forceinline__ Row find_row(const ScopedTable& table, u32 tile) {

@@ -2,7 +2,7 @@
 """Write tests/golden: clipping cases with answers from oracles that are not this crate.
 
 Three oracles: PyTorch's `clip_grad_norm_`, `get_total_norm`, `clip_grads_with_norm_`, `clip_grad_value_` and
-`torch.amp.GradScaler` on the CPU; optax's
+`torch.amp.GradScaler`, `torch.linalg.vector_norm` and `torch.renorm` on the CPU; optax's
 `clip_by_global_norm`, `clip` and `tree.norm`; and exact arithmetic: Python integers, rounded once at the end.
 Exact arithmetic says what is true, the peers say what their users are used to. Where a peer is not within a few
 units in the last place of the truth, its case says so in words.
@@ -22,7 +22,8 @@ peers are held to one core (on Linux) and, on x86-64, to AVX2. The versions are 
 # Format
 
 Each file is `{"generator": {...versions}, "cases": [...]}`, one case per line. Every case has every key; a key that
-does not apply is null. (The last three of the table are in the cases of `loss_scale.json` and `given_norm.json` only.)
+does not apply is null. (Those of the table from `loss_scale` on are in the cases of `loss_scale.json`, `given_norm.json`
+and `scopes.json` only.)
 
 | key | meaning |
 |---|---|
@@ -43,6 +44,12 @@ does not apply is null. (The last three of the table are in the cases of `loss_s
 | `loss_scale` | S: `grads` are gradients times S, and `clip_grad_norm` also divides by it |
 | `peer_found_inf` | what `GradScaler` found while it unscaled `grads` |
 | `total_norm` | the norm that `clip_with_norm` is given |
+| `scope` | `tensor`, `group` or `row`: what has a norm of its own. `exact_norm` and `peer_norm` are null then |
+| `groups` | the group of each tensor |
+| `max_norms` | the threshold of each group; null in it: only measured |
+| `rows` | how many rows each tensor has |
+| `exact_norms`, `peer_norms` | the norm of each tensor, group or row, in the order of the list |
+| `nonfinite` | the policy of the case: `propagate` |
 
 A single number (`max_norm`, `eps`, `lo`, `hi`, the norms) is the bits of an f64 as 16 hex digits, NaN always
 7ff8000000000000. Values of a tensor are the raw bits of its elements one after the other, big-endian hex, 8 digits
@@ -70,6 +77,11 @@ but the norm is beyond the largest f64.
   value becomes that value. Then an element below lo becomes lo, one above hi becomes hi, and any other, NaN
   included, keeps its bits. Null when a bound is NaN or lo > hi.
 - `total_norm`: null.
+- with a `scope`: the same for each part that has a norm of its own. Where that is not finite, `exact_grads` is what
+  `nonfinite` makes of the part: x * 0 for an infinite norm, NaN for a norm that is NaN.
+
+Torch is asked for tensors and groups by one `clip_grad_norm_` for each; for rows by `torch.linalg.vector_norm(dim=1)`,
+and by `torch.renorm(dim=0)`, whose eps is 1e-7 and which leaves a row whose norm is NaN as it is.
 
 `peer_norm` of optax is `optax.tree.norm`, which its clipping uses and does not return.
 """
@@ -118,7 +130,7 @@ TOLERANCE_ULPS = 4
 
 TORCH_EPS = 1e-6  # the constant inside clip_grad_norm_
 
-SIZE_LIMIT = 1_850_000  # bytes, all files together
+SIZE_LIMIT = 2_050_000  # bytes, all files together
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -317,13 +329,16 @@ def exact_norm(grads, norm_type):
         return F64.inf
     if norm_type == "inf":
         return max((bits64(abs(to_float(g.fmt, b))) for g in grads for b in g.bits), default=0)
+    if norm_type == "rms":
+        numel = sum(g.numel for g in grads)
+        return root_of_power_sum(grads, 2, numel) if numel else 0
     if norm_type not in ("1", "2", "4"):
         return fractional_norm(grads, Decimal(float(norm_type)))  # with every bit of the f64
     return root_of_power_sum(grads, int(norm_type))
 
 
-def root_of_power_sum(grads, p):
-    """(sum of |x|^p)^(1/p) for p = 1, 2, 4: the sum is exact, and only the root is rounded."""
+def root_of_power_sum(grads, p, divisor=1):
+    """(sum of |x|^p / divisor)^(1/p) for p = 1, 2, 4: the sum is exact, and only the root is rounded."""
     by_exponent = Counter()
     for _, m, e, count in elements(grads):
         by_exponent[p * e] += m**p * count
@@ -334,7 +349,10 @@ def root_of_power_sum(grads, p):
     if p == 1:
         return round_ratio(F64, False, total, 1, low)
     if p == 2:
-        return round_sqrt(total, low)
+        # 300 bits of the quotient, and one below for what is left: enough, as for the root.
+        shift = 300 if divisor > 1 else 0
+        quotient, rest = divmod(total << shift, divisor)
+        return round_sqrt(2 * quotient + (rest > 0), low - shift - 1) if rest else round_sqrt(quotient, low - shift)
     # floor(sqrt(floor(sqrt(n)))) is floor(n^(1/4)); the last bit added is again "and a little more".
     shift = max(0, 4 * 80 - total.bit_length())
     shift += (low - shift) % 4
@@ -409,6 +427,17 @@ def nonfinite_times(fmt, bits, c):
 def scaled(fmt, bits, c_m, c_e):
     negative, m, e = decode(fmt, bits)
     return round_ratio(fmt, negative, m * c_m, 1, e + c_e)
+
+
+def propagated(grads, norm):
+    """x * max_norm / norm for a norm that is NaN or infinite, and a finite threshold."""
+
+    def product(fmt, bits):
+        if math.isnan(norm) or not is_finite(fmt, bits):
+            return from_float(fmt, math.nan)
+        return bits & fmt.sign_bit
+
+    return [[product(g.fmt, bits) for bits in g.bits] for g in grads]
 
 
 def exact_clip_value(grads, lo, hi):
@@ -505,6 +534,28 @@ def torch_total_norm(grads, norm_type):
     return torch.nn.utils.get_total_norm([to_torch(g) for g in grads], float(norm_type)).item(), None
 
 
+def torch_clip_each(grads, parts, max_norms, norm_type):
+    """One call for each part, which is the indices of its tensors."""
+    parameters = torch_parameters(grads)
+    clip = torch.nn.utils.clip_grad_norm_
+    norms = [clip([parameters[i] for i in part], m, float(norm_type)).item() for part, m in zip(parts, max_norms)]
+    return norms, [from_torch(g, p.grad) for g, p in zip(grads, parameters)]
+
+
+def torch_rows(grads, rows):
+    return [to_torch(g).reshape(count, g.numel // count) for g, count in zip(grads, rows)]
+
+
+def torch_renorm(grads, rows, max_norm, norm_type):
+    tensors = [torch.renorm(t, float(norm_type), 0, max_norm) for t in torch_rows(grads, rows)]
+    return None, [from_torch(g, t.reshape(-1)) for g, t in zip(grads, tensors)]
+
+
+def torch_row_norms(grads, rows, norm_type):
+    norms = [torch.linalg.vector_norm(t, float(norm_type), dim=1) for t in torch_rows(grads, rows)]
+    return [n for of_tensor in norms for n in of_tensor.double().tolist()], None
+
+
 def to_jax(g):
     return jnp.asarray(as_integers(g).view(NUMPY_DTYPES[g.fmt.name]))
 
@@ -536,6 +587,9 @@ ORACLES = {
     ("torch", "clip_with_norm"): torch_clip_with_norm,
     ("torch", "clip_grad_value"): torch_clip_value,
     ("torch", "total_norm"): torch_total_norm,
+    ("torch", "clip each"): torch_clip_each,
+    ("torch", "renorm"): torch_renorm,
+    ("torch", "row norms"): torch_row_norms,
     ("optax", "clip_grad_norm"): optax_clip_norm,
     ("optax", "clip_grad_value"): optax_clip_value,
     ("optax", "total_norm"): optax_total_norm,
@@ -601,11 +655,12 @@ def grads_difference(grads, peer, exact, epsilon, tolerance_ulps):
 
 def kinds_of_difference(wrong, total):
     """How many of the (peer, exact) values went which way."""
-    kinds = {"become NaN": 0, "become infinite": 0, "become 0": 0, "are off": 0}
+    kinds = {"become NaN": 0, "become infinite": 0, "become 0": 0, "do not become NaN": 0, "are off": 0}
     worst = 0.0
     for p, x in wrong:
         kind = "NaN" if math.isnan(p) else "infinite" if math.isinf(p) else "0" if p == 0 else None
-        kinds[f"become {kind}" if kind else "are off"] += 1
+        kind = f"become {kind}" if kind else "do not become NaN" if math.isnan(x) else None
+        kinds[kind or "are off"] += 1
         if not kind:
             worst = max(worst, abs(p - x) / abs(x) if x else math.inf)
     said = [f"{'all' if n == total else f'{n} of {total}'} {kind}" for kind, n in kinds.items() if n]
@@ -1306,6 +1361,108 @@ def given_norm_cases():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# scopes.json: a norm for each tensor, group or row
+# ---------------------------------------------------------------------------------------------------------------
+
+RENORM_EPS = 1e-7  # the constant inside torch.renorm
+
+
+def scoped_case(name, what, op, grads, parts, answer, thresholds, eps, norm_type, **scope):
+    """`parts` are lists of gradients, in order, each with a norm of its own; `put_back` in `scope` puts them in place."""
+    put_back = scope.pop("put_back")
+    norms, out, error = answer
+    true_norms = [float64(exact_norm(part, norm_type)) for part in parts]
+    true_out = None
+    if op == "clip_grad_norm":
+        clipped = []
+        for part, norm, max_norm in zip(parts, true_norms, thresholds):
+            one = exact_clip_norm(part, bits64(norm), max_norm, eps)
+            if one is None:
+                one = propagated(part, norm) if max_norm < math.inf else [list(g.bits) for g in part]
+            clipped.append(one)
+        true_out = put_back(clipped)
+    written = case(name, what, "torch", op, grads, (None, out, error), (None, true_out), norm_type=norm_type, eps=eps,
+                   max_norm=1.0 if op == "clip_grad_norm" else None)
+    said = [] if written["peer_differs"] is None else [written["peer_differs"].removeprefix("torch: ")]
+    for part, norm, true_norm in zip(parts, norms or [], true_norms):
+        said.append(norm_difference(norm, true_norm, narrowest_epsilon(part)))
+    said = [s for s in dict.fromkeys(said) if s]
+    hexes = lambda values: None if values is None else [hex64(v) for v in values]
+    return written | scope | {
+        "exact_norms": hexes(true_norms), "peer_norms": hexes(norms), "nonfinite": "propagate",
+        "peer_differs": f"torch: {', '.join(said)}" if said else None,
+    }
+
+
+def clip_groups(name, grads, group_of, max_norms, norm_type="2"):
+    indices = [[i for i, of in enumerate(group_of) if of == group] for group in range(len(max_norms))]
+    thresholds = [math.inf if m is None else float(m) for m in max_norms]
+
+    def put_back(clipped):
+        of_tensor = {i: bits for part, of_part in zip(indices, clipped) for i, bits in zip(part, of_part)}
+        return [of_tensor[i] for i in range(len(grads))]
+
+    answer = ask("torch", "clip each", grads, indices, thresholds, norm_type)
+    parts = [[grads[i] for i in part] for part in indices]
+    each = group_of == list(range(len(grads))) and set(max_norms) == {1.0}
+    scope = {"scope": "tensor"} if each else {
+        "scope": "group", "groups": group_of, "max_norms": [hex64(m) for m in max_norms]}
+    yield scoped_case(f"{name}/{norm_type}/torch", "one clip_grad_norm_ for each", "clip_grad_norm", grads, parts, answer,
+                      thresholds, TORCH_EPS, norm_type, put_back=put_back, **scope)
+
+
+def rows_of(g, count):
+    numel = g.numel // count
+    return [[raw(g.fmt.name, g.bits[i * numel : (i + 1) * numel])] for i in range(count)]
+
+
+def each_row(name, grads, rows, max_norm, norm_types):
+    parts = [row for g, count in zip(grads, rows) for row in rows_of(g, count)]
+    thresholds = [float(max_norm)] * len(parts)
+
+    def put_back(clipped):
+        flat = iter(clipped)
+        return [[bits for _ in range(count) for bits in next(flat)[0]] for count in rows]
+
+    for norm_type in norm_types:
+        answer = ask("torch", "row norms", grads, rows, norm_type)
+        yield scoped_case(f"{name}_norms/{norm_type}/torch", "torch.linalg.vector_norm", "total_norm", grads, parts, answer,
+                          thresholds, 0.0, norm_type, put_back=put_back, scope="row", rows=rows)
+        if max_norm == 1.0:
+            answer = ask("torch", "renorm", grads, rows, 1.0, norm_type)
+            yield scoped_case(f"{name}/{norm_type}/torch", "torch.renorm", "clip_grad_norm", grads, parts, answer,
+                              thresholds, RENORM_EPS, norm_type, put_back=put_back, scope="row", rows=rows)
+
+
+def scope_cases():
+    for dtypes in [(d,) for d in ALL_DTYPES] + [ALL_DTYPES]:
+        name = "_".join(dtypes)
+        rng = random.Random(f"scopes {name}")
+        grads = [normal_grad(rng, dtypes[i % len(dtypes)], n) for i, n in enumerate((1, 12, 5, 0, 4, 17))]
+        for norm in (*NORMS, "0.5", "3"):
+            yield from clip_groups(f"tensors_{name}", grads, list(range(6)), [1.0] * 6, norm)
+            yield from clip_groups(f"groups_{name}", grads, [1, 0, 1, 2, 0, 2], [3.0, 0.125, None], norm)
+        # A group without tensors, one with nothing in it, one whose threshold is its norm, one that becomes 0.
+        edges = [grad(dtypes[0], [3, 4]), raw(dtypes[0], []), grad(dtypes[-1], [-12]), grad(dtypes[-1], [0.0, -0.0])]
+        yield from clip_groups(f"group_edges_{name}", edges, [1, 2, 4, 3], [1.0, 5.0, 1.0, 1.0, 0.0])
+        for special in (math.nan, math.inf, -math.inf):
+            bad = [grad(dtypes[0], [1, special, -2]), grad(dtypes[-1], [3, 4]), grad(dtypes[-1], [2, -0.5])]
+            yield from clip_groups(f"group_{special}_{name}", bad, [0, 1, 0], [1.0, 2.5])
+            yield from clip_groups(f"tensor_{special}_{name}", bad, [0, 1, 2], [1.0] * 3)
+            if len(dtypes) == 1:
+                rows = [grad(dtypes[0], [3, 4, 1, special, 0.25, 0.5])]
+                yield from each_row(f"rows_{special}_{name}", rows, [3], 1.0, ("2",))
+        if len(dtypes) > 1:
+            continue
+        rows = [normal_grad(rng, name, n) for n in (15, 3, 9, 16)]
+        yield from each_row(f"rows_{name}", rows, [5, 3, 1, 2], 1.0, ("1", "2", "3"))
+        yield from each_row(f"more_rows_{name}", rows, [3, 1, 9, 2], 0.0, ("0.5", "inf"))
+    f32, f64 = grad("f32", [1e20, -1e20, 3, 4, 1e-30, 1e-30]), grad("f64", [1e200, 1e200, 1e-200, 0.0])
+    yield from each_row("rows_out_of_range", [f32, f64], [3, 2], 1.0, ("2",))
+    yield from each_row("rows_f16_300", [grad("f16", [300, 300, 0.5, 0.25])], [2], 1.0, ("2",))
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Output
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1317,6 +1474,7 @@ FILES = {
     "other_orders.json": (other_order_cases, "norms of other orders, from 0.01 to 1e300"),
     "loss_scale.json": (loss_scale_cases, "clipping by norm with a loss scale to remove"),
     "given_norm.json": (given_norm_cases, "clipping by a norm that is given"),
+    "scopes.json": (scope_cases, "a norm for each tensor, group or row"),
     "invalid_thresholds.json": (invalid_threshold_cases, "negative and NaN thresholds, crossed bounds"),
 }
 

@@ -18,7 +18,7 @@ Exact arithmetic, the words for differences and the format are those of `golden.
 | peer | what runs |
 |---|---|
 | torch | `clip_grad_norm_`, `clip_grad_value_` of `torch.nn.utils` |
-| optax | `clip_by_global_norm`, `clip` |
+| optax | `clip_by_global_norm`, `clip_by_block_rms`, `clip` |
 | tensorflow | `tf.clip_by_global_norm`, `tf.clip_by_norm`, `tf.clip_by_value` |
 | keras | `keras.optimizers.SGD(clipnorm=...)._clip_gradients`, and so on: what `apply` calls. Backend: TensorFlow |
 | megatron | `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32`, behind the `clip_grad > 0` of its optimizer |
@@ -76,6 +76,7 @@ import deepspeed.runtime.utils as deepspeed_utils
 import keras
 import megatron.core.optimizer.clip_grads as megatron_clip
 import numpy as np
+import optax
 import tensorflow as tf
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -218,9 +219,10 @@ def burn(how):
 
 class Preset:
     def __init__(self, name, source, ask, eps=0.0, nonfinite="propagate", scope="global", zero_is_off=False,
-                 dtypes=("f32", "f16", "bf16"), f32_threshold=False):
+                 dtypes=("f32", "f16", "bf16"), f32_threshold=False, norm_type="2"):
         self.name, self.source, self.ask, self.eps, self.nonfinite = name, source, ask, eps, nonfinite
         self.scope, self.zero_is_off, self.dtypes, self.f32_threshold = scope, zero_is_off, dtypes, f32_threshold
+        self.norm_type = norm_type
 
     @property
     def peer(self):
@@ -231,6 +233,11 @@ class Preset:
 
     def max_norm(self, argument):
         return math.inf if self.zero_is_off and argument == 0 else argument
+
+
+def optax_block_rms(grads, threshold):
+    updates, _ = optax.clip_by_block_rms(threshold).update([golden.to_jax(g) for g in grads], None)
+    return None, [golden.from_jax(g, u) for g, u in zip(grads, updates)]
 
 
 def of_golden(function):
@@ -246,6 +253,7 @@ ZERO = "stage_1_and_2.py, unscale_and_clip_grads"
 NORMS = [
     Preset("torch::clip_grad_norm", "clip_grad.py", of_golden(golden.torch_clip_norm), 1e-6, dtypes=FOUR),
     Preset("optax::clip_by_global_norm", "_clipping.py", of_golden(golden.optax_clip_norm), dtypes=FOUR),
+    Preset("optax::clip_by_block_rms", "_clipping.py", optax_block_rms, scope="tensor", dtypes=FOUR, norm_type="rms"),
     Preset("tensorflow::clip_by_global_norm", "clip_ops.py", tensorflow_global_norm),
     Preset("tensorflow::clip_by_norm", "clip_ops.py", tensorflow_norm, scope="tensor"),
     Preset("keras::global_clipnorm", "base_optimizer.py", keras_optimizer("global_clipnorm"), zero_is_off=True),
@@ -274,19 +282,12 @@ def policy(preset, grads, norm_bits, max_norm):
     """What the preset makes of gradients whose norm is not finite."""
     if preset.nonfinite == "skip" or max_norm == math.inf:
         return [list(g.bits) for g in grads]
-    nan = math.isnan(float64(norm_bits))
-
-    def product(fmt, bits):
-        if nan or not math.isfinite(golden.to_float(fmt, bits)):
-            return golden.from_float(fmt, math.nan)
-        return bits & fmt.sign_bit
-
-    return [[product(g.fmt, bits) for bits in g.bits] for g in grads]
+    return golden.propagated(grads, float64(norm_bits))
 
 
 def clipped(preset, grads, max_norm):
     """(bits of the norm, gradients) of a list with one norm."""
-    bits = exact_norm(grads, "2")
+    bits = exact_norm(grads, preset.norm_type)
     if not math.isfinite(float64(bits)) and max_norm >= 0:
         return bits, policy(preset, grads, bits, max_norm)
     return bits, exact_clip_norm(grads, bits, max_norm, preset.eps)
@@ -324,7 +325,7 @@ def norm_case(preset, label, what, grads, threshold):
     truth = float64(answers[0][0]) if is_global else None, out
     case = golden.case(
         f"{label}/{preset.name}", f"{what}; {preset.peer} {preset.source}", preset.peer, "clip_grad_norm", grads,
-        ask(preset, grads, [argument]), truth, legal, max_norm=max_norm, norm_type="2", eps=preset.eps,
+        ask(preset, grads, [argument]), truth, legal, max_norm=max_norm, norm_type=preset.norm_type, eps=preset.eps,
     )
     norms = None if is_global else [golden.hex64(float64(bits)) for bits, _ in answers]
     return case | {"preset": preset.name, "arguments": [golden.hex64(argument)], "nonfinite": preset.nonfinite,

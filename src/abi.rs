@@ -48,6 +48,8 @@ pub mod norm_type {
     pub const INF: u32 = 2;
     /// Any other order.
     pub const P: u32 = 3;
+    /// Root of the mean of squares; its partials are those of `L2`.
+    pub const RMS: u32 = 4;
 }
 
 /// [`NonFinite`](crate::NonFinite) as the device knows it; there, `Error` is `SKIP`.

@@ -1,6 +1,6 @@
 //! Everything that can go wrong, as one type.
 
-use crate::Dtype;
+use crate::{Dtype, NormType};
 
 /// Result with [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -31,6 +31,12 @@ pub enum Error {
         /// The order given.
         got: f64,
     },
+    /// [`NormType::Rms`] over several ranks: what they exchange does not have their numbers of elements.
+    #[error(
+        "the root mean square is not measured over several ranks; clip by NormType::L2, with max_norm times the root of \
+         the number of elements of all ranks"
+    )]
+    RmsOverRanks,
     /// A threshold, loss scale or norm by device address ([`ClipNorm::max_norm_at`](crate::ClipNorm::max_norm_at),
     /// [`ClipNorm::loss_scale_at`](crate::ClipNorm::loss_scale_at), [`TotalNorm::at`](crate::TotalNorm::at)) that cannot
     /// be read.
@@ -69,13 +75,13 @@ pub enum Error {
         /// What the list has there.
         got: String,
     },
-    /// A running norm of one order is asked to clip by a norm of another.
-    #[error("the running norm is of order {running}, and the clip asks for order {got}")]
+    /// A running norm of one kind is asked to clip by a norm of another.
+    #[error("the running norm is {running:?}, and the clip asks for {got:?}")]
     OtherNormType {
-        /// Order of the running norm.
-        running: f64,
-        /// Order asked for.
-        got: f64,
+        /// That of the running norm.
+        running: NormType,
+        /// That asked for.
+        got: NormType,
     },
     /// Two entries of the list share memory: it would be counted, and scaled, twice.
     #[error("tensors {first} and {second} overlap in memory; each gradient may be listed once")]
@@ -198,6 +204,12 @@ pub enum Error {
     /// [`Scope::leading_dimension`](crate::Scope::leading_dimension) of gradients that have no shape.
     #[error("these gradients have no shape; say how many rows each has, with Scope::rows")]
     ShapesUnknown,
+    /// An option of a [`Scope`](crate::Scope) that only norms have, for a call that measures none.
+    #[error("{option} of the scope is for calls with norms; clipping by value has none")]
+    ScopeForNorms {
+        /// Which option.
+        option: &'static str,
+    },
     /// A tensor larger than the address space, or a list of more than 2^31 tiles of 32 KiB.
     #[error("tensor {tensor} with {numel} elements makes the list too large")]
     TooLarge {

@@ -26,8 +26,9 @@
 //! | `total_norm` | only measures |
 //! | `clip_with_norm` | only scales, by a norm that the caller has |
 //! | `clip_coef` | measures, and gives the factor to an optimizer that multiplies by it; writes nothing |
+//! | `norms_by`, `clip_grad_norm_by`, `clip_coef_by` | where not all gradients share one norm ([`Scope`]): of each tensor, group or row |
+//! | `clip_grad_value_by` | limits each element, and counts for each tensor, group or row |
 //! | `total_norm_sharded`, `clip_grad_norm_sharded` | the same where ranks hold a part of the gradients each ([`NormPartial`]): in [`cpu`] and [`cuda`] |
-//! | `norms_by`, `clip_grad_norm_by` | the first two where not all gradients share one norm ([`Scope`]): of each tensor, group or row |
 //!
 //! | module | gradients in | result |
 //! |---|---|---|
@@ -82,7 +83,8 @@
 //! ```
 //!
 //! * `max_norm` 0 makes every gradient 0; infinity only measures.
-//! * The norm is of order 2, 1, infinity or any other above 0: [`NormType`]. Powers neither overflow nor vanish.
+//! * The norm is of order 2, 1, infinity or any other above 0, or the root mean square: [`NormType`]. Powers neither
+//!   overflow nor vanish.
 //! * With a [loss scale](ClipNorm::loss_scale) `S`, `N` is the measured norm over `S`, every element becomes
 //!   `x * clip_coef / S`, and [`found_inf`](NormReport::found_inf) says that the scaled gradients overflowed.
 //! * Gradients can be added to a [`RunningNorm`](cpu::RunningNorm) one after the other, as backward produces them.

@@ -5,7 +5,7 @@ use crate::fp_env::DefaultFpEnv;
 
 /// Order of the norm.
 ///
-/// Compares by [`order`](Self::order), so `P(2.0) == L2`. To hash or to sort, take the bits of the order.
+/// `P` with the order of a name is the norm of that name: `P(2.0) == L2`.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub enum NormType {
@@ -36,17 +36,43 @@ pub enum NormType {
     /// # Ok::<(), gradclip::Error>(())
     /// ```
     P(f64),
+    /// Root mean square: `sqrt(sum x^2 / numel)`, the L2 norm over the root of the number of elements, so that one
+    /// threshold fits tensors of all sizes. Of nothing 0; NaN and infinite where the L2 norm is. For elements that f64
+    /// holds it never overflows, where the L2 norm can.
+    ///
+    /// With [`Scope::per_tensor`](crate::Scope::per_tensor) it is what Adafactor and optax's `clip_by_block_rms` clip by.
+    /// What has a norm (the list, a group, a row) is what the mean is over. Over several ranks it is
+    /// [`Error::RmsOverRanks`].
+    ///
+    /// ```
+    /// use gradclip::{cpu, ClipNorm, NormType, Scope};
+    /// let mut grads = [vec![3.0f32, 4.0, 0.0, 0.0], vec![1.0; 100]];
+    /// let clip = ClipNorm::new(1.0).norm_type(NormType::Rms);
+    /// let report = cpu::clip_grad_norm_by(&mut grads, &Scope::per_tensor(), clip)?;
+    /// assert_eq!((report.groups[0].total_norm, report.groups[1].written), (2.5, false)); // L2 norms: 5 and 10
+    /// assert_eq!(grads[0], [1.2, 1.6, 0.0, 0.0]);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    Rms,
 }
 
 impl NormType {
-    /// The order as a number: 1, 2, infinity or `p`.
+    /// The order as a number: 1, 2, infinity or `p`; of a root mean square 2.
     #[must_use]
     pub const fn order(self) -> f64 {
         match self {
             Self::L1 => 1.0,
-            Self::L2 => 2.0,
+            Self::L2 | Self::Rms => 2.0,
             Self::Inf => f64::INFINITY,
             Self::P(p) => p,
+        }
+    }
+
+    /// The norm whose partials are those of this one.
+    pub(crate) const fn of_partials(self) -> Self {
+        match self {
+            Self::Rms => Self::L2,
+            other => other,
         }
     }
 
@@ -69,7 +95,7 @@ impl NormType {
 
 impl PartialEq for NormType {
     fn eq(&self, other: &Self) -> bool {
-        self.order() == other.order()
+        self.order() == other.order() && matches!(self, Self::Rms) == matches!(other, Self::Rms)
     }
 }
 
@@ -254,9 +280,17 @@ impl ClipNorm {
     /// For a running norm of that order: 2, which nobody may have asked for, becomes it.
     pub(crate) fn of_running_norm(self, running: NormType) -> Result<Self> {
         if self.norm_type != NormType::L2 && self.norm_type != running {
-            return Err(Error::OtherNormType { running: running.order(), got: self.norm_type.order() });
+            return Err(Error::OtherNormType { running, got: self.norm_type });
         }
         Ok(self.norm_type(running))
+    }
+
+    /// For a call over several ranks.
+    pub(crate) fn validate_over_ranks(&self) -> Result<()> {
+        if matches!(self.norm_type, NormType::Rms) {
+            return Err(Error::RmsOverRanks);
+        }
+        self.validate()
     }
 
     pub(crate) fn validate(&self) -> Result<()> {

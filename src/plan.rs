@@ -56,6 +56,11 @@ impl Plan {
         self.num_tiles
     }
 
+    /// Elements of all tensors.
+    pub(crate) fn numel(&self) -> u64 {
+        self.descs.iter().map(|desc| desc.numel).sum()
+    }
+
     #[cfg(any(feature = "cuda", test))]
     pub(crate) fn has_f64(&self) -> bool {
         self.has_f64

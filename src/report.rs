@@ -27,7 +27,8 @@ pub struct NormReport {
     pub first_nonfinite_rank: Option<usize>,
 }
 
-/// Result of [`clip_grad_value`](crate::cpu::clip_grad_value).
+/// Result of [`clip_grad_value`](crate::cpu::clip_grad_value), and for each group of a scope that of
+/// [`clip_grad_value_by`](crate::cpu::clip_grad_value_by).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ValueReport {
@@ -35,6 +36,8 @@ pub struct ValueReport {
     pub clipped: u64,
     /// Number of NaN elements; they stay as they are.
     pub nan: u64,
+    /// Number of all elements.
+    pub numel: u64,
     /// Whether anything was written.
     pub written: bool,
     /// Index of the first tensor that held a NaN or an Inf.
@@ -50,6 +53,17 @@ impl NormReport {
     }
 }
 
+impl ValueReport {
+    /// The part of the elements that was outside the bounds, from 0 to 1; 0 where there are none.
+    #[must_use]
+    pub fn clipped_fraction(&self) -> f64 {
+        if self.numel == 0 {
+            return 0.0;
+        }
+        self.clipped as f64 / self.numel as f64
+    }
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for super::NormReport {}
@@ -60,7 +74,10 @@ mod sealed {
 pub trait Report: sealed::Sealed + Copy {
     /// What a kernel has left on the device.
     #[doc(hidden)]
-    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self;
+    fn from_slot(slot: &ReportSlot, numel: u64, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self;
+    /// Whether gradients were written.
+    #[doc(hidden)]
+    fn is_written(&self) -> bool;
     /// The same report, with the index of its tensor changed.
     #[doc(hidden)]
     #[must_use]
@@ -78,7 +95,10 @@ fn first_nonfinite(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) 
 }
 
 impl Report for NormReport {
-    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
+    fn is_written(&self) -> bool {
+        self.written
+    }
+    fn from_slot(slot: &ReportSlot, _numel: u64, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
         Self {
             total_norm: slot.total_norm,
             clip_coef: slot.clip_coef,
@@ -98,10 +118,14 @@ impl Report for NormReport {
 }
 
 impl Report for ValueReport {
-    fn from_slot(slot: &ReportSlot, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
+    fn is_written(&self) -> bool {
+        self.written
+    }
+    fn from_slot(slot: &ReportSlot, numel: u64, tensor_of: &dyn Fn(u64) -> Option<usize>) -> Self {
         Self {
             clipped: slot.clipped_elements,
             nan: slot.nan_elements,
+            numel,
             written: slot.action != action::KEEP,
             first_nonfinite: first_nonfinite(slot, tensor_of),
         }

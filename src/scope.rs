@@ -1,7 +1,8 @@
 //! Which gradients share a norm.
 
 use crate::abi::{StatsSlot, NO_ELEMENT};
-use crate::report::NormReport;
+use crate::error::{Error, Result};
+use crate::report::{NormReport, Report};
 use std::ops::Range;
 
 /// What has a norm, and a coefficient, of its own: the whole list, each tensor, named groups of tensors, or each row.
@@ -114,6 +115,15 @@ impl<'a> Scope<'a> {
         rows.iter().fold(0, |sum, &rows| sum.saturating_add(rows))
     }
 
+    /// For a call that has no norm.
+    pub(crate) fn refuse_norms(&self) -> Result<()> {
+        match (self.max_norms, self.telemetry) {
+            (Some(_), _) => Err(Error::ScopeForNorms { option: "max_norms" }),
+            (_, true) => Err(Error::ScopeForNorms { option: "telemetry" }),
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) const fn only_measured(mut self) -> Self {
         self.only_measured = true;
         self
@@ -128,13 +138,15 @@ impl<'a> Scope<'a> {
     }
 }
 
-/// Result of [`clip_grad_norm_by`](crate::cpu::clip_grad_norm_by) or [`norms_by`](crate::cpu::norms_by).
+/// Result of [`clip_grad_norm_by`](crate::cpu::clip_grad_norm_by), [`clip_coef_by`](crate::cpu::clip_coef_by) or
+/// [`norms_by`](crate::cpu::norms_by); with [`ValueReport`](crate::ValueReport)s, of
+/// [`clip_grad_value_by`](crate::cpu::clip_grad_value_by).
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
-pub struct ScopedReport {
+pub struct ScopedReport<R = NormReport> {
     /// Of each group, tensor or row; rows in the order of the list. `first_nonfinite` is an index in the list. One without
     /// elements has norm 0 and is not written.
-    pub groups: Vec<NormReport>,
+    pub groups: Vec<R>,
     /// Of each tensor, in the order of the list; empty without [`Scope::telemetry`].
     pub tensors: Vec<TensorStats>,
     /// Where in `groups` tensor `i` is.
@@ -157,27 +169,29 @@ pub struct TensorStats {
     pub first_nonfinite: Option<u64>,
 }
 
-impl ScopedReport {
-    pub(crate) fn new(groups: Vec<NormReport>, tensors: Vec<TensorStats>, groups_of: Vec<Range<usize>>) -> Self {
+impl<R: Report> ScopedReport<R> {
+    pub(crate) fn new(groups: Vec<R>, tensors: Vec<TensorStats>, groups_of: Vec<Range<usize>>) -> Self {
         Self { groups, tensors, groups_of }
     }
 
     /// The reports that tensor `index` of the list is part of: one, or one for each of its rows.
     #[must_use]
-    pub fn of_tensor(&self, index: usize) -> Option<&[NormReport]> {
+    pub fn of_tensor(&self, index: usize) -> Option<&[R]> {
         self.groups.get(self.groups_of.get(index)?.clone())
-    }
-
-    /// Whether all norms are finite.
-    #[must_use]
-    pub fn is_finite(&self) -> bool {
-        self.groups.iter().all(NormReport::is_finite)
     }
 
     /// How many groups, tensors or rows were written.
     #[must_use]
     pub fn num_written(&self) -> usize {
-        self.groups.iter().filter(|group| group.written).count()
+        self.groups.iter().filter(|group| group.is_written()).count()
+    }
+}
+
+impl ScopedReport {
+    /// Whether all norms are finite.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        self.groups.iter().all(NormReport::is_finite)
     }
 }
 

@@ -73,6 +73,13 @@ fn bits(max_norm: &Option<f64>) -> Option<u64> {
     max_norm.map(f64::to_bits)
 }
 
+impl ScopedTensor {
+    /// Elements of all its rows.
+    pub(crate) fn numel(&self) -> u64 {
+        u64::from(self.num_tiles.checked_div(self.tiles_per_row).unwrap_or(0)) * self.row_numel
+    }
+}
+
 impl ScopedPlan {
     pub(crate) fn new(plan: &Plan, scope: &Scope<'_>) -> Result<Self> {
         let descs = plan.descs();

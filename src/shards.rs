@@ -56,7 +56,9 @@ impl NormPartial {
     /// # Errors
     /// [`Error::InvalidNormType`] for an order that is not positive.
     pub fn empty(norm_type: NormType) -> Result<Self> {
-        let norm_type = crate::ClipNorm::measure_only(norm_type).validated()?.norm_type;
+        let clip = crate::ClipNorm::measure_only(norm_type);
+        clip.validate_over_ranks()?;
+        let norm_type = clip.norm_type;
         Ok(Self::measured(Partial::default(), norm_type))
     }
 
@@ -178,7 +180,7 @@ fn is_valid(partial: &abi::NormPartial) -> bool {
     let abi::NormPartial { sum, scale, order, .. } = *partial;
     let ranges = [1.0, RANGE_FACTOR, RANGE_FACTOR_INVERSE];
     let scaled = match NormType::from(order) {
-        NormType::L1 | NormType::L2 => ranges.contains(&scale),
+        NormType::L1 | NormType::L2 | NormType::Rms => ranges.contains(&scale),
         NormType::Inf => scale == 1.0,
         NormType::P(_) => scale > 0.0 && (scale.is_finite() || !sum.is_finite()),
     };

@@ -76,7 +76,7 @@ fn both_halves_of_the_abi_agree() {
     layout!(claims, ScopedHeader { call });
     layout!(claims, ScopedTable { tensors, num_tensors });
     layout!(claims, ScopedJobs { groups, num_groups, num_stats, sums, scales, tile_stats, reports, tensor_stats });
-    let values: [(&str, u64); 36] = [
+    let values: [(&str, u64); 37] = [
         ("kPackBytes", abi::PACK_BYTES as u64),
         ("kWarpThreads", abi::WARP_THREADS as u64),
         ("kRowsPerSegment", abi::ROWS_PER_SEGMENT as u64),
@@ -103,6 +103,7 @@ fn both_halves_of_the_abi_agree() {
         ("kL2", u64::from(abi::norm_type::L2)),
         ("kInf", u64::from(abi::norm_type::INF)),
         ("kP", u64::from(abi::norm_type::P)),
+        ("kRms", u64::from(abi::norm_type::RMS)),
         ("kSkip", u64::from(abi::nonfinite::SKIP)),
         ("kZero", u64::from(abi::nonfinite::ZERO)),
         ("kPropagate", u64::from(abi::nonfinite::PROPAGATE)),

@@ -123,6 +123,7 @@ fn committed_snapshot_fits_the_kernels() -> Result<()> {
         "scale",
         "scale_into",
         "scoped",
+        "scoped_clamp",
         "scoped_p",
         "scoped_stats",
         "shards",

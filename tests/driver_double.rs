@@ -185,6 +185,7 @@ fn every_kernel_of_the_crate_is_there() {
         ("norm_partials_l2", 256),
         ("norm_partials_inf", 256),
         ("clip_coef", 1024),
+        ("clip_coef_rms", 1024),
         ("clip_coef_of_norm", 32),
         ("scale", 256),
         ("scale_into", 256),

@@ -69,7 +69,7 @@ struct Trace {
     limited: Vec<Called<ValueReport>>,
 }
 
-const NORM_TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5)];
+const NORM_TYPES: [NormType; 5] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::Rms];
 
 /// All functions on one list, at thresholds that reach from one in which every product is subnormal to one in which
 /// few are.

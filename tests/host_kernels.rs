@@ -91,7 +91,7 @@ fn kernels_and_cpu_path_agree() {
     let mut names = Vec::new();
     for (index, list) in lists().into_iter().enumerate() {
         let tensors: Vec<_> = list.iter().map(runner_tensor).collect();
-        let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01)];
+        let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01), NormType::Rms];
         for (variant, norm_type) in orders.into_iter().enumerate() {
             let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
             let loss_scale = [1.0, 1024.0, 0.3][index % 3];
@@ -264,8 +264,8 @@ fn scoped_kernels_and_cpu_path_agree() {
         let (list, rows): (Vec<Tensor>, Vec<usize>) = list.into_iter().unzip();
         let mut tensors: Vec<_> = list.iter().map(runner_tensor).collect();
         tensors.iter_mut().zip(&rows).for_each(|(tensor, &rows)| tensor.rows = rows as u64);
-        for variant in 0..8 {
-            let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(2.5)];
+        for variant in 0..10 {
+            let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(2.5), NormType::Rms];
             let (one_group, norm_type) = (variant % 2 == 1, orders[variant / 2]);
             let stats = (index + variant / 2) % 2 == 0;
             let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];

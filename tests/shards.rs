@@ -199,7 +199,7 @@ fn what_one_rank_sees_all_decide_by() {
 fn a_rank_that_is_refused_is_an_error_on_all() {
     type Call = fn(&mut [[f32; 2]; 2], &mut world::Rank<'_>) -> gradclip::Result<NormReport>;
     type Expected = fn(&Error) -> bool;
-    let calls: [(Call, Expected); 6] = [
+    let calls: [(Call, Expected); 7] = [
         (
             |grads, rank| cpu::clip_grad_norm_sharded(grads, Copies::One, -1.0, rank),
             |error| matches!(error, Error::InvalidThreshold { name: "max_norm", .. }),
@@ -226,6 +226,10 @@ fn a_rank_that_is_refused_is_an_error_on_all() {
         (
             |grads, rank| cpu::total_norm_sharded(&[&grads[0][..], &grads[0][1..]], Copies::One, NormType::L2, rank),
             |error| *error == Error::Overlap { first: 0, second: 1 },
+        ),
+        (
+            |grads, rank| cpu::total_norm_sharded(grads, Copies::One, NormType::Rms, rank),
+            |error| *error == Error::RmsOverRanks,
         ),
         (
             |grads, rank| cpu::total_norm_sharded(grads, Copies::One, NormType::P(f64::NAN), rank),

@@ -31,7 +31,7 @@ struct Everything {
 impl Everything {
     fn of(grads: &[Tensor]) -> Self {
         let (mut measured, mut clipped) = (Vec::new(), Vec::new());
-        for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0)] {
+        for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0), NormType::Rms] {
             let mut grads = grads.to_vec();
             let report = cpu::clip_grad_norm(&mut grads, ClipNorm::new(LIMIT).norm_type(norm_type)).unwrap();
             measured.push((report.total_norm.to_bits(), report.clip_coef));

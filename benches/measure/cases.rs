@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::CudaGraph;
 use gradclip::cuda::{Clipper, RawGrad};
-use gradclip::{ClipNorm, NormType};
+use gradclip::{ClipNorm, NormType, Scope};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -16,6 +16,9 @@ pub enum Op {
     Norm,
     /// A clip that finds the norm within the threshold.
     ClipWithin,
+    /// The same, of each tensor by its own norm; and with telemetry.
+    EachWithin,
+    Telemetry,
     /// A clip that scales.
     Clip,
     /// Value clipping with nothing outside the bounds, with one element in a hundred, with next to all.
@@ -25,12 +28,23 @@ pub enum Op {
 }
 
 impl Op {
-    pub const ALL: [Self; 6] = [Self::Norm, Self::ClipWithin, Self::Clip, Self::Value0, Self::Value1, Self::Value100];
+    pub const ALL: [Self; 8] = [
+        Self::Norm,
+        Self::ClipWithin,
+        Self::EachWithin,
+        Self::Telemetry,
+        Self::Clip,
+        Self::Value0,
+        Self::Value1,
+        Self::Value100,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Norm => "norm",
             Self::ClipWithin => "clip; within",
+            Self::EachWithin => "clip each tensor; within",
+            Self::Telemetry => "clip each tensor; within; telemetry",
             Self::Clip => "clip",
             Self::Value0 => "value; 0 % outside",
             Self::Value1 => "value; 1 % outside",
@@ -41,7 +55,7 @@ impl Op {
     /// Times that the gradients' bytes have to move.
     pub fn passes(self) -> usize {
         match self {
-            Self::Norm | Self::ClipWithin | Self::Value0 => 1,
+            Self::Norm | Self::ClipWithin | Self::EachWithin | Self::Telemetry | Self::Value0 => 1,
             Self::Value1 | Self::Value100 => 2,
             Self::Clip => 3,
         }
@@ -129,7 +143,7 @@ impl Case {
             Self::Read => &[Self::Read],
             Self::Update | Self::Copy => &[Self::Copy],
             Self::Eager(op) | Self::Graph(op) => match op {
-                Op::Norm | Op::ClipWithin | Op::Value0 => &[Self::Read],
+                Op::Norm | Op::ClipWithin | Op::EachWithin | Op::Telemetry | Op::Value0 => &[Self::Read],
                 Op::Value1 | Op::Value100 => &[Self::Copy],
                 Op::Clip => &[Self::Read, Self::Copy],
             },
@@ -228,6 +242,8 @@ fn enqueue(clipper: &mut Clipper, grads: &mut [RawGrad], op: Op, norm: f64) -> R
     match op {
         Op::Norm => clipper.total_norm(grads, NormType::L2).map(drop)?,
         Op::ClipWithin | Op::Clip => clipper.clip_grad_norm(grads, op.clip(norm)).map(drop)?,
+        Op::EachWithin => drop(clipper.clip_grad_norm_by(grads, &Scope::per_tensor(), op.clip(norm))?),
+        Op::Telemetry => drop(clipper.clip_grad_norm_by(grads, &Scope::per_tensor().telemetry(), op.clip(norm))?),
         Op::Value0 | Op::Value1 | Op::Value100 => clipper.clip_grad_value(grads, op.bound()).map(drop)?,
     }
     Ok(())

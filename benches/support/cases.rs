@@ -4,7 +4,7 @@ use super::limits;
 use super::shapes::Shapes;
 use bytemuck::Pod;
 use gradclip::cpu::{self, AsGradMut};
-use gradclip::NormType;
+use gradclip::{NormType, Scope};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::hint::black_box;
@@ -249,6 +249,11 @@ fn clip<G: AsGradMut>(grads: &mut [G], max_norm: f64, written: bool) -> gradclip
     report
 }
 
+/// Within the threshold.
+fn clip_by<G: AsGradMut>(grads: &mut [G], scope: &Scope<'_>) {
+    assert_eq!(cpu::clip_grad_norm_by(grads, scope, f64::MAX).unwrap().num_written(), 0);
+}
+
 fn clip_value<G: AsGradMut>(grads: &mut [G], bound: f64, written: bool) {
     assert_eq!(cpu::clip_grad_value(grads, bound).unwrap().written, written);
 }
@@ -293,9 +298,17 @@ where
                 black_box(T::norm_by_loop(&list.grads));
             }),
         ]),
-        Op::ClipWithin => cases.push(fast("gradclip", |list| {
-            clip(&mut list.grads, f64::MAX, false);
-        })),
+        Op::ClipWithin => cases.extend([
+            fast("gradclip", |list| {
+                clip(&mut list.grads, f64::MAX, false);
+            }),
+            // What a norm for each tensor costs, and what telemetry costs besides.
+            fast("gradclip global scope", |list| clip_by(&mut list.grads, &Scope::global())),
+            fast("gradclip each tensor", |list| clip_by(&mut list.grads, &Scope::per_tensor())),
+            fast("gradclip each tensor with telemetry", |list| {
+                clip_by(&mut list.grads, &Scope::per_tensor().telemetry());
+            }),
+        ]),
         Op::Clip => cases.extend([
             fast("gradclip", |list| {
                 let threshold = list.next_threshold();
@@ -309,6 +322,10 @@ where
         ]),
         Op::ValueWithin => cases.extend([
             fast("gradclip", |list| clip_value(&mut list.grads, 2.0, false)),
+            fast("gradclip each tensor", |list| {
+                let report = cpu::clip_grad_value_by(&mut list.grads, &Scope::per_tensor(), 2.0).unwrap();
+                assert_eq!((report.groups.len(), report.num_written()), (list.grads.len(), 0));
+            }),
             slow("naive loop", |list| T::clamp_by_loop(&mut list.grads, black_box(2.0))),
         ]),
         Op::Value => cases.extend([

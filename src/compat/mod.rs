@@ -21,6 +21,7 @@
 //! | PyTorch 2.11.0 | [`torch::clip_grad_norm`] | by global norm | 1e-6 | propagate | all become 0 |
 //! | | [`torch::clip_grad_value`] | by value | | | all become 0 |
 //! | optax 0.2.8 | [`optax::clip_by_global_norm`] | by global norm | 0 | propagate | all become 0 |
+//! | | [`optax::clip_by_block_rms`] | each tensor by its root mean square | 0 | propagate | all become 0 |
 //! | | [`optax::clip`] | by value | | | all become 0 |
 //! | TensorFlow 2.21.0 | [`tensorflow::clip_by_global_norm`] | by global norm | 0 | propagate | all become 0 |
 //! | | [`tensorflow::clip_by_norm`] | each tensor by its norm | 0 | propagate | all become 0 |

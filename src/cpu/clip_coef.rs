@@ -8,9 +8,19 @@ use crate::abi::{FOLD_THREADS, WARP_THREADS};
 use crate::clip_coef::CANONICAL_NAN;
 use crate::options::NormType;
 
-/// The norm over all tiles.
-pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType) -> f64 {
-    norm_of_total(total_of(partials, norm_type), norm_type)
+/// The norm of `numel` elements over all their tiles.
+pub(crate) fn norm_of(partials: &[Partial], norm_type: NormType, numel: u64) -> f64 {
+    let mut total = total_of(partials, norm_type.of_partials());
+    if matches!(norm_type, NormType::Rms) {
+        total = mean_of(total, numel);
+    }
+    norm_of_total(total, norm_type.of_partials())
+}
+
+/// A sum of squares to their mean. Twin of `mean_of` in `kernels/decide.cuh`, which says why before the root.
+fn mean_of(total: Partial, numel: u64) -> Partial {
+    let sum = if total.sum == 0.0 { 0.0 } else { total.sum / numel as f64 };
+    Partial { sum, ..total }
 }
 
 /// All partials in one: thread t of the kernel takes tiles t, t + 1024, ..., then come two levels of xor trees.
@@ -63,7 +73,7 @@ pub(crate) fn norm_of_total(total: Partial, norm_type: NormType) -> f64 {
     match norm_type {
         NormType::Inf => total.sum,
         NormType::L1 => total.sum * total.scale,
-        NormType::L2 => total.sum.sqrt() * total.scale,
+        NormType::L2 | NormType::Rms => total.sum.sqrt() * total.scale, // of the sum, or of the mean
         NormType::P(p) => scaled_root(total.sum, total.scale, p),
     }
 }

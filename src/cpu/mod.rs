@@ -36,13 +36,14 @@ use crate::outputs::{check_pairs, in_outputs, refuse_shared};
 use crate::plan::{Plan, TensorRef};
 use crate::report::{NormReport, ValueReport};
 use crate::scope::{Scope, ScopedReport};
+use crate::scoped_plan::ScopedPlan;
 use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use scale_into::Pair;
 
 /// Norm over all gradients together.
 ///
-/// L2: `sqrt(sum(x^2))`; L1: `sum(|x|)`; Inf: `max(|x|)`; P(p): `sum(|x|^p)^(1/p)`. Of an empty list, or of empty
+/// L2: `sqrt(sum(x^2))`; L1: `sum(|x|)`; Inf: `max(|x|)`; P(p): `sum(|x|^p)^(1/p)`; Rms: `sqrt(mean(x^2))`. Of an empty list, or of empty
 /// gradients, 0. NaN if any element is NaN, else infinite if any is. Squares and powers neither overflow nor vanish.
 ///
 /// Cost: reads each gradient once, writes nothing; all cores. [`NormType::P`] computes a logarithm and an exponential of
@@ -232,16 +233,16 @@ pub fn clip_coef<G: AsGrad>(grads: &[G], clip: impl Into<ClipNorm>) -> Result<No
 /// let mut grads = [[0.1f32, -7.0, f32::INFINITY]];
 /// let report = gradclip::cpu::clip_grad_value(&mut grads, 0.5)?;
 /// assert_eq!(grads, [[0.1, -0.5, 0.5]]);
-/// assert_eq!(report.clipped, 2);
+/// assert_eq!((report.clipped, report.clipped_fraction()), (2, 2.0 / 3.0));
 /// # Ok::<(), gradclip::Error>(())
 /// ```
 pub fn clip_grad_value<G: AsGradMut>(grads: &mut [G], clip: impl Into<ClipValue>) -> Result<ValueReport> {
     let clip = clip.into();
     clip.validate()?;
-    check(&collect(grads.len(), grads.iter().map(AsGrad::as_grad))?)?;
+    let numel = check(&collect(grads.len(), grads.iter().map(AsGrad::as_grad))?)?.numel();
     let bounds = value_bounds::in_each_dtype(&clip);
     let mut writable = collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?;
-    Ok(value_report(&clamp_all(&bounds, &mut writable)))
+    Ok(value_report(&clamp_all(&bounds, &mut writable), numel))
 }
 
 /// The norm of each group of a [`Scope`]: of each tensor, of named groups, of each row.
@@ -299,6 +300,64 @@ pub fn clip_grad_norm_by<G: AsGradMut>(
     Ok(measured.report)
 }
 
+/// What [`clip_grad_norm_by`] would multiply each group by, for an optimizer that multiplies itself: [`clip_coef`] with a
+/// [`Scope`]. Each group's factor is its [`multiplier`](NormReport::multiplier); what it is by each policy, [`clip_coef`]
+/// says.
+///
+/// Cost: reads each gradient once, writes nothing; all cores.
+///
+/// # Errors
+/// As [`clip_grad_norm_by`].
+///
+/// ```
+/// use gradclip::{cpu, Scope};
+/// let (mut weights, grads) = ([[1.0f32, 2.0], [1.0, 1.0]], [[3.0f32, 4.0], [0.5, 0.5]]);
+/// let report = cpu::clip_coef_by(&grads, &Scope::per_tensor(), 2.5)?;
+/// for (index, (weight, grad)) in weights.iter_mut().zip(&grads).enumerate() {
+///     let multiplier = report.groups[index].multiplier as f32;
+///     weight.iter_mut().zip(grad).for_each(|(weight, grad)| *weight -= 0.5 * (grad * multiplier));
+/// }
+/// assert_eq!((weights, report.num_written()), ([[0.25, 1.0], [0.75, 0.75]], 0));
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_coef_by<G: AsGrad>(grads: &[G], scope: &Scope<'_>, clip: impl Into<ClipNorm>) -> Result<ScopedReport> {
+    let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
+    let mut report = scoped::measure(&grads, scope, &clip.into())?.report;
+    report.groups.iter_mut().for_each(|group| group.written = false);
+    Ok(report)
+}
+
+/// [`clip_grad_value`] with a report for each group of a [`Scope`]: what part of each tensor, named group or row was outside
+/// the bounds, counted on the same pass. Elements become what [`clip_grad_value`] makes of them.
+///
+/// Cost: that of [`clip_grad_value`].
+///
+/// # Errors
+/// As [`clip_grad_value`], and a scope that does not fit the list, as for [`norms_by`]; [`Error::ScopeForNorms`] for one
+/// with [`max_norms`](Scope::max_norms) or [`telemetry`](Scope::telemetry). Nothing is touched then.
+///
+/// ```
+/// use gradclip::{cpu, Scope};
+/// let mut grads = [vec![0.1f32, -7.0, 0.2, 0.3], vec![0.4]];
+/// let report = cpu::clip_grad_value_by(&mut grads, &Scope::per_tensor(), 0.5)?;
+/// assert_eq!(grads, [vec![0.1, -0.5, 0.2, 0.3], vec![0.4]]);
+/// let fractions: Vec<f64> = report.groups.iter().map(|tensor| tensor.clipped_fraction()).collect();
+/// assert_eq!(fractions, [0.25, 0.0]);
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+pub fn clip_grad_value_by<G: AsGradMut>(
+    grads: &mut [G],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipValue>,
+) -> Result<ScopedReport<ValueReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    scope.refuse_norms()?;
+    let plan = ScopedPlan::new(&check(&collect(grads.len(), grads.iter().map(AsGrad::as_grad))?)?, scope)?;
+    let bounds = value_bounds::in_each_dtype(&clip);
+    Ok(scoped::clamp(&plan, &bounds, collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?))
+}
+
 /// A list of gradients of no size can be longer than any memory.
 fn collect<G>(count: usize, grads: impl Iterator<Item = G>) -> Result<Vec<G>> {
     let mut list = Vec::new();
@@ -321,7 +380,7 @@ fn measure_planned(grads: &[Grad<'_>], plan: &Plan, clip: &ClipNorm) -> Result<(
     let partials = parallel::norm_partials(clip.norm_type, grads, plan.num_tiles() as usize);
     // Not before: while this thread waits for the others it may run jobs of the caller's.
     let _env = DefaultFpEnv::enter();
-    let total_norm = clip_coef::norm_of(&partials, clip.norm_type);
+    let total_norm = clip_coef::norm_of(&partials, clip.norm_type, plan.numel());
     let first_nonfinite = clip_coef::first_bad_tile(&partials).and_then(|tile| plan.tensor_of(tile as u64));
     report_of(clip, total_norm, first_nonfinite)
 }
@@ -381,12 +440,13 @@ pub(crate) fn clamp_all(bounds: &ClampBounds, grads: &mut [GradMut<'_>]) -> Vec<
     parallel::clamp(bounds, grads)
 }
 
-/// What the counts of all gradients come to.
-pub(crate) fn value_report(counts: &[Counts]) -> ValueReport {
+/// What the counts of all gradients, of so many elements together, come to.
+pub(crate) fn value_report(counts: &[Counts], numel: u64) -> ValueReport {
     let total = counts.iter().fold(Counts::default(), |sum, counts| sum + *counts);
     ValueReport {
         clipped: total.clipped,
         nan: total.nan,
+        numel,
         written: total.clipped > 0,
         first_nonfinite: counts.iter().position(|counts| counts.nan + counts.inf > 0),
     }

@@ -33,9 +33,9 @@ const SEGMENTS_AHEAD: usize = 1;
 
 /// The partials of the first tiles of `elements`, which are one tensor from a tile border to its end.
 pub(crate) fn tile_partials<T: FastSum>(isa: Isa, norm_type: NormType, elements: &[T], partials: &mut [Partial]) {
-    match norm_type {
+    match norm_type.of_partials() {
         NormType::L1 => isa.run(SumTiles::<T, false> { elements, partials }),
-        NormType::L2 => isa.run(SumTiles::<T, true> { elements, partials }),
+        NormType::L2 | NormType::Rms => isa.run(SumTiles::<T, true> { elements, partials }),
         NormType::Inf => isa.run(MaxTiles { elements, partials }),
         NormType::P(p) => isa.run(PowerTiles { elements, partials, p }),
     }

@@ -123,7 +123,7 @@ impl RunningNorm {
     fn measure(&mut self, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
         let plan = self.list.plan();
         let _env = DefaultFpEnv::enter();
-        let total_norm = clip_coef::norm_of(&self.partials, self.norm_type);
+        let total_norm = clip_coef::norm_of(&self.partials, self.norm_type, plan.numel());
         let first_nonfinite = clip_coef::first_bad_tile(&self.partials).and_then(|tile| plan.tensor_of(tile as u64));
         report_of(clip, total_norm, first_nonfinite)
     }

@@ -5,13 +5,14 @@ use super::clip_coef::{first_bad_tile, norm_of};
 use super::grads::{with_slice, Grad, GradMut};
 use super::parallel;
 use super::partial::Partial;
-use super::{check, report_of, stats};
-use crate::abi::{ScopedGroup, Stats, StatsSlot, NO_ELEMENT, SAME_THRESHOLD, TILE_BYTES};
+use super::{check, report_of, stats, Counts};
+use crate::abi::{ClampBounds, ScopedGroup, Stats, StatsSlot, NO_ELEMENT, SAME_THRESHOLD, TILE_BYTES};
 use crate::clip_coef::Verdict;
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::fp_env::DefaultFpEnv;
 use crate::options::ClipNorm;
+use crate::report::ValueReport;
 use crate::scope::{Scope, ScopedReport, TensorStats};
 use crate::scoped_plan::ScopedPlan;
 
@@ -37,7 +38,7 @@ pub(crate) fn measure(grads: &[Grad<'_>], scope: &Scope<'_>, clip: &ClipNorm) ->
     let (mut groups, mut verdicts) = (Vec::with_capacity(plan.groups.len()), Vec::with_capacity(plan.groups.len()));
     for group in &plan.groups {
         let of_group = &partials[ScopedPlan::tiles_of(group)];
-        let total_norm = norm_of(of_group, clip.norm_type);
+        let total_norm = norm_of(of_group, clip.norm_type, group.numel);
         let bad_tile = first_bad_tile(of_group).map(|tile| u64::from(group.first_tile) + tile as u64);
         let first_nonfinite = bad_tile.and_then(|tile| plan.tensor_of(tile));
         let (report, verdict) = report_of(&of_group_options(clip, group), total_norm, first_nonfinite)?;
@@ -72,6 +73,34 @@ pub(crate) fn apply_to<'a>(measured: &Measured, grads: impl Iterator<Item = (usi
     parallel::scale_each(&verdicts, &mut rows);
 }
 
+/// Value clipping, with counts of each group.
+pub(crate) fn clamp(plan: &ScopedPlan, bounds: &ClampBounds, grads: Vec<GradMut<'_>>) -> ScopedReport<ValueReport> {
+    let (mut rows, mut owners) = (Vec::new(), Vec::new());
+    for (index, grad) in grads.into_iter().enumerate() {
+        let of_rows = plan.groups_of[index].clone();
+        let numel = with_slice!(GradMut, &grad, slice => slice.len());
+        let row_numel = numel.checked_div(of_rows.len()).unwrap_or(0);
+        if row_numel > 0 {
+            grad.cut(row_numel, &mut rows);
+            owners.extend(of_rows.map(|group| (group, index)));
+        }
+    }
+    let mut groups: Vec<(Counts, Option<usize>)> = vec![Default::default(); plan.groups.len()];
+    for ((group, index), counts) in owners.into_iter().zip(parallel::clamp(bounds, &mut rows)) {
+        let (total, first_nonfinite) = &mut groups[group];
+        *total = *total + counts;
+        *first_nonfinite = first_nonfinite.or((counts.nan + counts.inf > 0).then_some(index));
+    }
+    let reports = groups.iter().zip(&plan.groups).map(|(&(counts, first_nonfinite), group)| ValueReport {
+        clipped: counts.clipped,
+        nan: counts.nan,
+        numel: group.numel,
+        written: counts.clipped > 0,
+        first_nonfinite,
+    });
+    ScopedReport::new(reports.collect(), Vec::new(), plan.groups_of.clone())
+}
+
 /// The options with the group's own threshold, if it has one.
 fn of_group_options(clip: &ClipNorm, group: &ScopedGroup) -> ClipNorm {
     let mut clip = *clip;
@@ -98,7 +127,7 @@ fn tensor_stats(plan: &ScopedPlan, clip: &ClipNorm, partials: &[Partial], tile_s
         };
         let all = tile_stats[tiles.clone()].iter().copied().enumerate().map(in_tensor);
         let stats = all.fold(stats::NONE, stats::combine);
-        let norm = norm_of(&partials[tiles], clip.norm_type);
+        let norm = norm_of(&partials[tiles], clip.norm_type, tensor.numel());
         of_tensors[tensor.index as usize] = StatsSlot { norm, stats }.into();
     }
     of_tensors

@@ -133,7 +133,7 @@ struct Local {
 }
 
 fn local(grads: &[Grad<'_>], copies: Copies<'_>, clip: &ClipNorm) -> Result<Local> {
-    clip.validate()?;
+    clip.validate_over_ranks()?;
     clip.refuse_device_threshold()?;
     let plan = check(grads)?;
     copies.check(grads.len())?;

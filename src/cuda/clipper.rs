@@ -366,7 +366,7 @@ impl Clipper {
         let launcher = self.launcher();
         launcher
             .norm_partials(clip.norm_type, sums, scales)
-            .and_then(|()| launcher.clip_coef(&params, sums, scales, report))
+            .and_then(|()| launcher.clip_coef(&params, sums, scales, self.plan.numel(), report))
             .inspect_err(|_| self.reports.give_back(slot))?;
         // The slot stays taken after an error: a graph may write it by now.
         match (applied, outputs) {
@@ -485,6 +485,7 @@ pub(super) fn clip_params(clip: &ClipNorm) -> ClipParams {
             NormType::L2 => norm_type::L2,
             NormType::Inf => norm_type::INF,
             NormType::P(_) => norm_type::P,
+            NormType::Rms => norm_type::RMS,
         },
         nonfinite: match clip.nonfinite {
             NonFinite::Skip | NonFinite::Error => nonfinite::SKIP,

@@ -26,6 +26,7 @@ pub(crate) struct Kernels {
     norm_partials: ByNorm,
     pub clip_coef: CUfunction,
     pub clip_coef_p: CUfunction,
+    pub clip_coef_rms: CUfunction,
     pub clip_coef_of_norm: CUfunction,
     pub scale: CUfunction,
     pub scale_any: CUfunction,
@@ -52,6 +53,7 @@ impl Kernels {
             norm_partials: modules.by_norm(norm_partials, "norm_partials")?,
             clip_coef: modules.function(clip_coef, "clip_coef")?,
             clip_coef_p: modules.function(clip_coef, "clip_coef_p")?,
+            clip_coef_rms: modules.function(clip_coef, "clip_coef_rms")?,
             clip_coef_of_norm: modules.function(clip_coef, "clip_coef_of_norm")?,
             scale: modules.function(scale, "scale")?,
             scale_any: modules.function(scale, "scale_any")?,
@@ -172,6 +174,35 @@ pub(crate) struct ScopedKernels {
 // SAFETY: as for `Kernels`.
 unsafe impl Send for ScopedKernels {}
 
+/// Those of value clipping with a scope; the same.
+#[derive(Debug)]
+pub(crate) struct ScopedClampKernels {
+    pub clamp: CUfunction,
+    pub counts: CUfunction,
+    modules: Modules,
+}
+
+// SAFETY: as for `Kernels`.
+unsafe impl Send for ScopedClampKernels {}
+
+impl ScopedClampKernels {
+    /// `context` must be current.
+    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let modules = Modules::new(context);
+        let module = modules.load("scoped_clamp")?;
+        Ok(Self {
+            clamp: modules.function(module, "scoped_clamp")?,
+            counts: modules.function(module, "scoped_clamp_counts")?,
+            modules,
+        })
+    }
+
+    /// As [`Kernels::leave_to_graphs`].
+    pub(crate) fn leave_to_graphs(&self) {
+        self.modules.leave_to_graphs();
+    }
+}
+
 impl ScopedKernels {
     /// `context` must be current.
     pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
@@ -245,7 +276,7 @@ impl ByNorm {
     fn of(&self, norm_type: NormType) -> Result<CUfunction> {
         match norm_type {
             NormType::L1 => Ok(self.l1),
-            NormType::L2 => Ok(self.l2),
+            NormType::L2 | NormType::Rms => Ok(self.l2),
             NormType::Inf => Ok(self.inf),
             NormType::P(_) => self.p.get().copied().ok_or(NOT_PREPARED),
         }

@@ -43,13 +43,17 @@ impl Launcher<'_> {
     }
 
     /// Partials to report.
-    pub(crate) fn clip_coef(&self, params: &ClipParams, sums: u64, scales: u64, report: u64) -> Result<()> {
-        let mut args = [arg(&sums), arg(&scales), arg(&self.num_tiles), arg(params), arg(&report)];
-        let any_order = params.norm_type == norm_type::P;
-        let kernel = if any_order { self.kernels.clip_coef_p } else { self.kernels.clip_coef };
-        // SAFETY: the arguments mirror clip_coef and clip_coef_p in kernels/clip_coef.cu; the partials were written by
-        // the launches before on the same stream, the slot belongs to this call.
-        unsafe { self.one_block("clip_coef", kernel, &mut args) }
+    pub(crate) fn clip_coef(&self, params: &ClipParams, sums: u64, scales: u64, numel: u64, report: u64) -> Result<()> {
+        let (sums, scales, tiles, numel) = (arg(&sums), arg(&scales), arg(&self.num_tiles), arg(&numel));
+        let (kind, params, report) = (params.norm_type, arg(params), arg(&report));
+        let (kernel, args) = match kind {
+            norm_type::RMS => (self.kernels.clip_coef_rms, &mut [sums, scales, tiles, numel, params, report][..]),
+            norm_type::P => (self.kernels.clip_coef_p, &mut [sums, scales, tiles, params, report][..]),
+            _ => (self.kernels.clip_coef, &mut [sums, scales, tiles, params, report][..]),
+        };
+        // SAFETY: the arguments mirror clip_coef, clip_coef_p and clip_coef_rms in kernels/clip_coef.cu; the partials were
+        // written by the launches before on the same stream, the slot belongs to this call.
+        unsafe { self.one_block("clip_coef", kernel, args) }
     }
 
     /// A norm, by value or (if not null) by address, to report.

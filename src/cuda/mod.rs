@@ -35,8 +35,8 @@ pub use running::RunningNorm;
 pub use scoped::PendingScoped;
 pub use shards::DeviceAllGather;
 pub use thread_clippers::{
-    clip_coef, clip_grad_norm, clip_grad_norm_by, clip_grad_norm_into, clip_grad_value, clip_with_norm, norms_by,
-    release_thread_clippers, total_norm,
+    clip_coef, clip_coef_by, clip_grad_norm, clip_grad_norm_by, clip_grad_norm_into, clip_grad_value,
+    clip_grad_value_by, clip_with_norm, norms_by, release_thread_clippers, total_norm,
 };
 
 /// The cudarc whose types the calls take.

@@ -196,7 +196,8 @@ impl<R: Report> Pending<R> {
             Applied::Nowhere => action::KEEP,
             Applied::OutOfPlace(nonfinite) => out_of_place(slot.action, slot.total_norm, nonfinite),
         };
-        Ok(R::from_slot(&slot, &|tile| self.plan.tensor_of(tile)).of_ranks(first_nonfinite_rank))
+        let tensor_of = |tile| self.plan.tensor_of(tile);
+        Ok(R::from_slot(&slot, self.plan.numel(), &tensor_of).of_ranks(first_nonfinite_rank))
     }
 }
 

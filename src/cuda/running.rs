@@ -271,7 +271,13 @@ impl RunningNorm {
             num_tiles: plan.num_tiles(),
         };
         launcher
-            .clip_coef(&clip_params(clip), clipper.workspace.sums(), clipper.workspace.all_scales(), report)
+            .clip_coef(
+                &clip_params(clip),
+                clipper.workspace.sums(),
+                clipper.workspace.all_scales(),
+                plan.numel(),
+                report,
+            )
             .inspect_err(|_| clipper.reports.give_back(slot))?;
         if applied == Applied::InPlace {
             launcher.scale(report)?; // the slot stays taken: a graph may write it by now

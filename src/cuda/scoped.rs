@@ -3,21 +3,25 @@
 use super::clipper::{clip_params, Clipper};
 use super::device_table::DeviceTable;
 use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread, KeepsContext};
-use super::kernels::ScopedKernels;
+use super::kernels::{ScopedClampKernels, ScopedKernels};
 use super::launch::{arg, in_place_blocks, launch};
 use super::memory::{DeviceBuffer, GrowBuffer};
+use super::reports::Applied;
 use crate::abi::{
-    ClipParams, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs, ScopedTable, ScopedTensor, Stats, StatsSlot,
-    FOLD_THREADS, TILE_THREADS, WARP_THREADS,
+    action, ClampBounds, ClipParams, ReportSlot, ScopedGroup, ScopedHeader, ScopedJobs, ScopedTable, ScopedTensor,
+    Stats, StatsSlot, FOLD_THREADS, TILE_THREADS, WARP_THREADS,
 };
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut};
 use crate::error::{Error, Result};
-use crate::options::{ClipNorm, NonFinite, NormType};
+use crate::options::{ClipNorm, ClipValue, NonFinite, NormType};
 use crate::plan::Plan;
-use crate::report::{NormReport, Report};
+use crate::report::{NormReport, Report, ValueReport};
 use crate::scope::{Scope, ScopedReport};
 use crate::scoped_plan::ScopedPlan;
+use crate::value_bounds;
 use cudarc::driver::{result, CudaStream};
+use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
@@ -40,7 +44,7 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather(grads, &self.stream)?;
-        let pending = self.scoped_stages(&scope.only_measured(), &clip, false);
+        let pending = self.scoped_stages(&scope.only_measured(), &clip, Applied::Nowhere);
         let released = self.list.release(grads, &self.stream); // after an error too: a stage may be running
         pending.and_then(|pending| released.map(|()| pending))
     }
@@ -65,30 +69,106 @@ impl Clipper {
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         self.list.gather_mut(grads, &self.stream)?;
-        let pending = self.scoped_stages(scope, &clip, true);
+        let pending = self.scoped_stages(scope, &clip, Applied::InPlace);
         let released = self.list.release_mut(grads, &self.stream); // as above
         pending.and_then(|pending| released.map(|()| pending))
     }
 
-    fn scoped_stages(&mut self, scope: &Scope<'_>, clip: &ClipNorm, apply: bool) -> Result<PendingScoped> {
+    /// What [`clip_grad_norm_by`](Self::clip_grad_norm_by) would multiply each group by, left on the device for an optimizer
+    /// that multiplies the gradients itself; see [`cpu::clip_coef_by`](crate::cpu::clip_coef_by). Where its kernel finds
+    /// the factor of a group, [`PendingScoped::multiplier_address`] says, and which group a tensor is in, the scope.
+    ///
+    /// Cost: reads each gradient once, writes nothing; two launches for any number of groups, no wait (but
+    /// [`NonFinite::Error`] waits).
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm_by`](Self::clip_grad_norm_by).
+    ///
+    /// ```no_run
+    /// use gradclip::{cuda::{self, Clipper, PendingScoped}, Scope};
+    /// let stream = cuda::context(0)?.default_stream();
+    /// let grads = [stream.clone_htod(&[3.0f32, 4.0])?, stream.clone_htod(&[0.3f32, 0.4])?];
+    /// let mut clipper = Clipper::new(&stream)?;
+    /// let clipped = clipper.clip_coef_by(&grads, &Scope::per_tensor(), 1.0)?; // no wait
+    /// let (first, step) = (clipped.multiplier_f32_address(0), PendingScoped::ADDRESS_STEP);
+    /// // ... the optimizer's kernel, on the same stream, reads the f32 of tensor i at first + i * step ...
+    /// # let _ = (first, step);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    pub fn clip_coef_by<G: DeviceGrad>(
+        &mut self,
+        grads: &[G],
+        scope: &Scope<'_>,
+        clip: impl Into<ClipNorm>,
+    ) -> Result<PendingScoped> {
+        let clip = clip.into();
+        clip.validate()?;
+        self.home.check()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather(grads, &self.stream)?;
+        let pending = self.scoped_stages(scope, &clip, Applied::Nowhere);
+        let released = self.list.release(grads, &self.stream); // as above
+        pending.and_then(|pending| released.map(|()| pending))
+    }
+
+    /// Clips by value with a report for each group of a [`Scope`]: what part of each tensor, named group or row was outside
+    /// the bounds; see [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by).
+    ///
+    /// Cost: that of [`clip_grad_value`](Self::clip_grad_value), reads and writes and two launches, no wait. The first such
+    /// call of a clipper loads its kernels; a new list, or a new scope, copies two tables to the device.
+    ///
+    /// # Errors
+    /// As [`clip_grad_value`](Self::clip_grad_value), and those of a scope that
+    /// [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by) has.
+    ///
+    /// ```no_run
+    /// use gradclip::{cuda::{self, Clipper}, Scope};
+    /// let stream = cuda::context(0)?.default_stream();
+    /// let mut grads = [stream.clone_htod(&[0.1f32, -7.0])?, stream.clone_htod(&[0.3f32])?];
+    /// let mut clipper = Clipper::new(&stream)?;
+    /// let clipped = clipper.clip_grad_value_by(&mut grads, &Scope::per_tensor(), 0.5)?; // no wait
+    /// assert_eq!(clipped.wait()?.groups[0].clipped_fraction(), 0.5);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    pub fn clip_grad_value_by<G: DeviceGradMut>(
+        &mut self,
+        grads: &mut [G],
+        scope: &Scope<'_>,
+        clip: impl Into<ClipValue>,
+    ) -> Result<PendingScoped<ValueReport>> {
+        let clip = clip.into();
+        clip.validate()?;
+        scope.refuse_norms()?;
+        self.home.check()?;
+        let _current = CurrentContext::enter(self.stream.context())?;
+        self.list.gather_mut(grads, &self.stream)?;
+        let pending = self.scoped_value_stages(scope, &clip);
+        let released = self.list.release_mut(grads, &self.stream); // as above
+        pending.and_then(|pending| released.map(|()| pending))
+    }
+
+    fn scoped_value_stages(&mut self, scope: &Scope<'_>, clip: &ClipValue) -> Result<PendingScoped<ValueReport>> {
+        let capturing = self.prepare_plan()?;
+        let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
+        let results = scoped.prepare_clamp(&self.stream, &self.plan, scope, capturing)?;
+        scoped.clamp(&self.stream, results, &value_bounds::in_each_dtype(clip), self.multiprocessors, capturing)
+    }
+
+    fn scoped_stages(&mut self, scope: &Scope<'_>, clip: &ClipNorm, applied: Applied) -> Result<PendingScoped> {
         let capturing = self.prepare_plan()?;
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
-        let scoped = match &mut self.scoped {
-            Some(scoped) => scoped,
-            None if capturing => return Err(Error::CaptureNeedsWarmup { what: "the kernels of scoped calls" }),
-            none => none.insert(KeepsContext::new(ScopedCalls::new(&self.stream)?)),
-        };
+        let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
         let results = scoped.prepare(&self.stream, &self.plan, scope, clip.norm_type, capturing)?;
-        let pending = scoped.measure(&self.stream, results, clip, capturing)?;
+        let pending = scoped.measure(&self.stream, results, clip, applied, capturing)?;
         if clip.nonfinite == NonFinite::Error {
             let report = pending.wait()?;
             if let Some(group) = report.groups.iter().find(|group| !group.is_finite()) {
                 return Err(Error::NonFinite { total_norm: group.total_norm, tensor: group.first_nonfinite });
             }
         }
-        if apply {
+        if applied == Applied::InPlace {
             scoped.scale(&self.stream, &pending, self.multiprocessors)?;
         }
         Ok(pending)
@@ -98,7 +178,9 @@ impl Clipper {
 /// What scoped calls keep: their kernels, tables and partials, and the results of the last one.
 #[derive(Debug)]
 pub(super) struct ScopedCalls {
-    kernels: ScopedKernels,
+    /// Loaded when they are first needed, as are the next.
+    kernels: Option<ScopedKernels>,
+    clamp_kernels: Option<ScopedClampKernels>,
     tensors: DeviceTable<ScopedTensor>,
     groups: DeviceTable<ScopedGroup>,
     sums: GrowBuffer,
@@ -147,9 +229,10 @@ impl Drop for Results {
 
 impl ScopedCalls {
     /// The context of `stream` must be current.
-    fn new(stream: &Arc<CudaStream>) -> Result<Self> {
-        Ok(Self {
-            kernels: ScopedKernels::load(stream.context())?,
+    fn new(stream: &Arc<CudaStream>) -> Self {
+        Self {
+            kernels: None,
+            clamp_kernels: None,
             tensors: DeviceTable::new(stream, "the table of tensors"),
             groups: DeviceTable::new(stream, "the table of groups"),
             sums: GrowBuffer::default(),
@@ -160,7 +243,7 @@ impl ScopedCalls {
             plan: Arc::default(),
             has_tables: false,
             calls: 0,
-        })
+        }
     }
 
     pub(super) fn device_bytes(&self) -> usize {
@@ -183,7 +266,50 @@ impl ScopedCalls {
         norm_type: NormType,
         capturing: bool,
     ) -> Result<SharedResults> {
-        self.kernels.prepare(norm_type, capturing)?;
+        let kernels = match &mut self.kernels {
+            Some(kernels) => kernels,
+            None if capturing => return Err(NOT_LOADED),
+            none => none.insert(ScopedKernels::load(stream.context())?),
+        };
+        kernels.prepare(norm_type, capturing)?;
+        if capturing {
+            kernels.leave_to_graphs();
+        }
+        self.prepare_tables(list, scope, capturing)?;
+        let plan = self.plan.clone();
+        let tiles = plan.num_tiles as usize;
+        self.sums.reserve(stream, "partials", tiles * size_of::<f64>(), capturing)?;
+        if norm_type.has_scales(plan.has_f64()) {
+            self.scales.reserve(stream, "scales", tiles * size_of::<f64>(), capturing)?;
+        }
+        if plan.telemetry {
+            self.tile_stats.reserve(stream, "telemetry", tiles * size_of::<Stats>(), capturing)?;
+        }
+        self.room_for_results(stream, Layout::of(&plan).bytes(), capturing)
+    }
+
+    /// The same for value clipping.
+    fn prepare_clamp(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        list: &Plan,
+        scope: &Scope<'_>,
+        capturing: bool,
+    ) -> Result<SharedResults> {
+        let kernels = match &mut self.clamp_kernels {
+            Some(kernels) => kernels,
+            None if capturing => return Err(NOT_LOADED),
+            none => none.insert(ScopedClampKernels::load(stream.context())?),
+        };
+        if capturing {
+            kernels.leave_to_graphs();
+        }
+        self.prepare_tables(list, scope, capturing)?;
+        self.sums.reserve(stream, "counts", self.plan.num_tiles as usize * size_of::<u64>(), capturing)?;
+        self.room_for_results(stream, Layout::of(&self.plan).bytes(), capturing)
+    }
+
+    fn prepare_tables(&mut self, list: &Plan, scope: &Scope<'_>, capturing: bool) -> Result<()> {
         if !self.plan.is_for(list, scope) {
             self.plan = Arc::new(ScopedPlan::new(list, scope)?);
             self.has_tables = false;
@@ -194,19 +320,7 @@ impl ScopedCalls {
             self.groups.set(&plan.groups, capturing)?;
             self.has_tables = true;
         }
-        let tiles = plan.num_tiles as usize;
-        self.sums.reserve(stream, "partials", tiles * size_of::<f64>(), capturing)?;
-        if norm_type.has_scales(plan.has_f64()) {
-            self.scales.reserve(stream, "scales", tiles * size_of::<f64>(), capturing)?;
-        }
-        if plan.telemetry {
-            self.tile_stats.reserve(stream, "telemetry", tiles * size_of::<Stats>(), capturing)?;
-        }
-        let results = self.room_for_results(stream, Layout::of(&plan).bytes(), capturing)?;
-        if capturing {
-            self.kernels.leave_to_graphs();
-        }
-        Ok(results)
+        Ok(())
     }
 
     fn room_for_results(&mut self, stream: &Arc<CudaStream>, bytes: usize, capturing: bool) -> Result<SharedResults> {
@@ -232,8 +346,10 @@ impl ScopedCalls {
         stream: &Arc<CudaStream>,
         results: SharedResults,
         clip: &ClipNorm,
+        applied: Applied,
         captured: bool,
     ) -> Result<PendingScoped> {
+        let kernels = self.kernels.as_ref().ok_or(NOT_LOADED)?;
         let plan = self.plan.clone();
         let table = self.table(&plan);
         let layout = Layout::of(&plan);
@@ -244,9 +360,9 @@ impl ScopedCalls {
         let first = [arg(&table), arg(&plan.num_tiles), arg(&sums), arg(&scales)];
         let any_order = usize::from(matches!(clip.norm_type, NormType::P(_)));
         let (kernel, last, count) = if plan.telemetry {
-            (self.kernels.stats(clip.norm_type)?, [arg(&tile_stats), arg(&p)], 5 + any_order)
+            (kernels.stats(clip.norm_type)?, [arg(&tile_stats), arg(&p)], 5 + any_order)
         } else {
-            (self.kernels.partials(clip.norm_type)?, [arg(&p), arg(&p)], 4 + any_order)
+            (kernels.partials(clip.norm_type)?, [arg(&p), arg(&p)], 4 + any_order)
         };
         let mut args = [first[0], first[1], first[2], first[3], last[0], last[1]];
         // SAFETY: the arguments mirror scoped_partials_* and scoped_stats_* in the kernels; the plan keeps every tile inside
@@ -268,15 +384,45 @@ impl ScopedCalls {
         self.calls += 1;
         let blocks = (jobs.num_groups + num_stats).div_ceil(WARP_THREADS as u32).max(1); // one writes the header
         let mut args = [arg(&table), arg(&jobs), arg(&params), arg(&self.calls), arg(&base)];
-        let kernel = self.kernels.coefs(clip.norm_type)?;
+        let kernel = kernels.coefs(clip.norm_type)?;
         // SAFETY: the arguments mirror scoped_coefs and scoped_coefs_p in the kernels; the partials are written by the launch
         // before, and the results have room for each group and tensor.
         unsafe { launch(stream, "scoped_coefs", kernel, (blocks, FOLD_THREADS), &mut args) }?;
-        Ok(PendingScoped { results, plan, call: self.calls, captured })
+        Ok(PendingScoped { results, plan, call: self.calls, captured, applied, report: PhantomData })
+    }
+
+    /// Both stages of value clipping.
+    fn clamp(
+        &mut self,
+        stream: &CudaStream,
+        results: SharedResults,
+        bounds: &ClampBounds,
+        multiprocessors: u32,
+        captured: bool,
+    ) -> Result<PendingScoped<ValueReport>> {
+        let kernels = self.clamp_kernels.as_ref().ok_or(NOT_LOADED)?;
+        let plan = self.plan.clone();
+        let (table, counts, base) = (self.table(&plan), self.sums.address(), results.memory.address());
+        let blocks = in_place_blocks(plan.num_tiles, multiprocessors);
+        let mut args = [arg(&table), arg(&plan.num_tiles), arg(bounds), arg(&counts)];
+        // SAFETY: the arguments mirror scoped_clamp in kernels/scoped_clamp.cu; the tensors are borrowed mutably by the caller,
+        // and do not overlap; there is a place for the counts of each tile.
+        unsafe { launch(stream, "scoped_clamp", kernels.clamp, (blocks, TILE_THREADS), &mut args) }?;
+        self.calls += 1;
+        let (groups, num_groups) = (self.groups.address(), plan.groups.len() as u32);
+        let reports = base + Layout::of(&plan).reports() as u64;
+        let blocks = num_groups.div_ceil(WARP_THREADS as u32).max(1); // one writes the header
+        let mut args = [arg(&groups), arg(&num_groups), arg(&counts), arg(&reports), arg(&self.calls), arg(&base)];
+        // SAFETY: the arguments mirror scoped_clamp_counts there; the counts are written by the launch before, and the
+        // results have room for each group.
+        unsafe { launch(stream, "scoped_clamp_counts", kernels.counts, (blocks, FOLD_THREADS), &mut args) }?;
+        let applied = Applied::InPlace;
+        Ok(PendingScoped { results, plan, call: self.calls, captured, applied, report: PhantomData })
     }
 
     /// Stage 3.
     fn scale(&self, stream: &CudaStream, measured: &PendingScoped, multiprocessors: u32) -> Result<()> {
+        let kernel = self.kernels.as_ref().ok_or(NOT_LOADED)?.scale;
         let plan = &measured.plan;
         let table = self.table(plan);
         let reports = measured.results.memory.address() + Layout::of(plan).reports() as u64;
@@ -284,13 +430,15 @@ impl ScopedCalls {
         let blocks = in_place_blocks(plan.num_tiles, multiprocessors);
         // SAFETY: the arguments mirror scoped_scale in kernels/scoped.cu; the tensors are borrowed mutably by the caller, and
         // do not overlap; the launch before wrote the reports.
-        unsafe { launch(stream, "scoped_scale", self.kernels.scale, (blocks, TILE_THREADS), &mut args) }
+        unsafe { launch(stream, "scoped_scale", kernel, (blocks, TILE_THREADS), &mut args) }
     }
 
     fn table(&self, plan: &ScopedPlan) -> ScopedTable {
         ScopedTable { tensors: self.tensors.address(), num_tensors: plan.tensors.len() as u32, reserved: 0 }
     }
 }
+
+const NOT_LOADED: Error = Error::CaptureNeedsWarmup { what: "the kernels of scoped calls" };
 
 /// Where the results of a call lie, from the start of their buffer: the header, a report for each group, what was seen of
 /// each tensor.
@@ -319,14 +467,65 @@ impl Layout {
 /// Only the last scoped call of a clipper can be read, from any thread (but see [`Error::WrongThread`]), also when the
 /// clipper is gone. A captured one can be read whenever one of its replays was the last.
 #[derive(Clone, Debug)]
-pub struct PendingScoped {
+pub struct PendingScoped<R = NormReport> {
     results: SharedResults,
     plan: Arc<ScopedPlan>,
     call: u64,
     captured: bool,
+    applied: Applied,
+    report: PhantomData<R>,
 }
 
+/// Where kernels later on the same stream find what was decided for each group (or tensor, or row): what is said of group
+/// `index` lies [`ADDRESS_STEP`](Self::ADDRESS_STEP) bytes behind what is said of the one before. `None` beyond the last
+/// group.
+///
+/// There until the next scoped call of the clipper, of any kind, which may overwrite it; and only while the clipper or this
+/// value is kept. If the call was captured, as long as the context, until a later scoped call or replay.
 impl PendingScoped {
+    /// Bytes from the address for one group to that for the next.
+    pub const ADDRESS_STEP: u64 = size_of::<ReportSlot>() as u64;
+
+    /// Device address of a group's `total_norm`, an f64.
+    #[must_use]
+    pub fn total_norm_address(&self, index: usize) -> Option<u64> {
+        self.address_of(index, offset_of!(ReportSlot, total_norm))
+    }
+
+    /// Device address of a group's `clip_coef`, an f64.
+    #[must_use]
+    pub fn clip_coef_address(&self, index: usize) -> Option<u64> {
+        self.address_of(index, offset_of!(ReportSlot, clip_coef))
+    }
+
+    /// Device address of a group's [`multiplier`](NormReport::multiplier), an f64: what an optimizer that multiplies by it
+    /// itself is to take after [`Clipper::clip_coef_by`].
+    #[must_use]
+    pub fn multiplier_address(&self, index: usize) -> Option<u64> {
+        self.address_of(index, offset_of!(ReportSlot, multiplier))
+    }
+
+    /// Device address of the same as an f32, rounded to nearest; see
+    /// [`Pending::multiplier_f32_address`](super::Pending::multiplier_f32_address).
+    #[must_use]
+    pub fn multiplier_f32_address(&self, index: usize) -> Option<u64> {
+        self.address_of(index, offset_of!(ReportSlot, multiplier_f32))
+    }
+
+    /// Device address of a group's [`found_inf`](NormReport::found_inf), an f32 that is 1 if its norm is NaN or infinite,
+    /// else 0.
+    #[must_use]
+    pub fn found_inf_address(&self, index: usize) -> Option<u64> {
+        self.address_of(index, offset_of!(ReportSlot, found_inf))
+    }
+
+    fn address_of(&self, index: usize, field: usize) -> Option<u64> {
+        let first = self.results.memory.address() + Layout::of(&self.plan).reports() as u64;
+        (index < self.plan.groups.len()).then(|| first + index as u64 * Self::ADDRESS_STEP + field as u64)
+    }
+}
+
+impl<R: Report> PendingScoped<R> {
     /// Waits for the stream, and reads the reports of all groups.
     ///
     /// Cost: one copy, of 64 bytes and 72 more for each group, with telemetry 40 for each tensor; one synchronisation of
@@ -337,7 +536,7 @@ impl PendingScoped {
     /// run; [`Error::CaptureNeedsWarmup`] while the stream captures, which goes on; [`Error::WrongThread`] for the
     /// per-thread default stream of another thread; [`Error::OutOfMemory`]; [`Error::Driver`] if the work on the stream
     /// failed.
-    pub fn wait(&self) -> Result<ScopedReport> {
+    pub fn wait(&self) -> Result<ScopedReport<R>> {
         let stream = &self.results.stream;
         self.results.home.check()?;
         let _current = CurrentContext::enter(stream.context())?;
@@ -363,7 +562,14 @@ impl PendingScoped {
             return Err(if to_come { Error::ReportNotReady } else { Error::ReportExpired });
         }
         let tensor_of = |tile| self.plan.tensor_of(tile);
-        let groups = bytemuck::cast_slice(groups).iter().map(|slot| NormReport::from_slot(slot, &tensor_of));
+        let of_group = |(slot, group): (&ReportSlot, &ScopedGroup)| {
+            let mut slot = *slot;
+            if self.applied == Applied::Nowhere {
+                slot.action = action::KEEP;
+            }
+            R::from_slot(&slot, group.numel, &tensor_of)
+        };
+        let groups = bytemuck::cast_slice(groups).iter().zip(&self.plan.groups).map(of_group);
         let tensors = bytemuck::cast_slice::<u64, StatsSlot>(tensors).iter().map(|&slot| slot.into());
         Ok(ScopedReport::new(groups.collect(), tensors.collect(), self.plan.groups_of.clone()))
     }

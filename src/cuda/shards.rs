@@ -92,7 +92,7 @@ impl Clipper {
         let (copies, clip) = (copies.into(), ClipNorm::measure_only(norm_type));
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
-        let gathered = clip.validate().and_then(|()| self.list.gather(grads, &self.stream));
+        let gathered = clip.validate_over_ranks().and_then(|()| self.list.gather(grads, &self.stream));
         let listed = gathered.is_ok();
         let pending = self.over_ranks(gathered, copies, &clip, ranks, Applied::Nowhere);
         // After an error too: a stage that was launched before it may still be running.
@@ -145,7 +145,7 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         let (copies, clip) = (copies.into(), clip.into());
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
-        let gathered = clip.validate().and_then(|()| self.list.gather_mut(grads, &self.stream));
+        let gathered = clip.validate_over_ranks().and_then(|()| self.list.gather_mut(grads, &self.stream));
         let listed = gathered.is_ok();
         let pending = self.over_ranks(gathered, copies, &clip, ranks, Applied::InPlace);
         let released = if listed { self.list.release_mut(grads, &self.stream) } else { Ok(()) }; // as above

@@ -130,6 +130,34 @@ pub fn clip_grad_norm_by<G: DeviceGradMut>(
     with_clipper(stream, |clipper| clipper.clip_grad_norm_by(grads, scope, clip))
 }
 
+/// [`Clipper::clip_coef_by`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_coef_by`]; [`Error::ThreadEnding`].
+pub fn clip_coef_by<G: DeviceGrad>(
+    stream: &Arc<CudaStream>,
+    grads: &[G],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<PendingScoped> {
+    let clip = clip.into();
+    with_clipper(stream, |clipper| clipper.clip_coef_by(grads, scope, clip))
+}
+
+/// [`Clipper::clip_grad_value_by`] with this thread's clipper for `stream`, made on first use.
+///
+/// # Errors
+/// Those of [`Clipper::new`] and [`Clipper::clip_grad_value_by`]; [`Error::ThreadEnding`].
+pub fn clip_grad_value_by<G: DeviceGradMut>(
+    stream: &Arc<CudaStream>,
+    grads: &mut [G],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipValue>,
+) -> Result<PendingScoped<ValueReport>> {
+    let clip = clip.into();
+    with_clipper(stream, |clipper| clipper.clip_grad_value_by(grads, scope, clip))
+}
+
 /// [`Clipper::clip_with_norm`] with this thread's clipper for `stream`, made on first use. A norm that stays on the
 /// device has to be that of another of these functions, in the same thread and on the same stream.
 ///

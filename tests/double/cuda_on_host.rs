@@ -82,7 +82,7 @@ fn tensors(dtype: Dtype) -> Vec<Tensor> {
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
-        for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0)] {
+        for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0), NormType::Rms] {
             cases.push((
                 dtype,
                 Operation::ClipNorm { max_norm: 1.0, eps: 0.0, loss_scale: 1.0, norm_type, nonfinite: 0 },

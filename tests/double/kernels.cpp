@@ -10,6 +10,7 @@
 #include "../../kernels/scoped.cu"
 #include "../../kernels/scoped_stats.cu"
 #include "../../kernels/scoped_p.cu"
+#include "../../kernels/scoped_clamp.cu"
 #include "../../kernels/shards.cu"
 
 #define TILE_KERNEL(symbol) host_kernel<&::symbol>(#symbol, kTileThreads)
@@ -25,6 +26,7 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(norm_partials_p),
     FOLD_KERNEL(clip_coef),
     FOLD_KERNEL(clip_coef_p),
+    FOLD_KERNEL(clip_coef_rms),
     host_kernel<&::clip_coef_of_norm>("clip_coef_of_norm", kWarpThreads),
     TILE_KERNEL(scale),
     TILE_KERNEL(scale_into),
@@ -42,6 +44,8 @@ const HostKernel project_kernels[] = {
     TILE_KERNEL(scoped_partials_p),
     TILE_KERNEL(scoped_stats_p),
     FOLD_KERNEL(scoped_coefs_p),
+    TILE_KERNEL(scoped_clamp),
+    FOLD_KERNEL(scoped_clamp_counts),
     TILE_KERNEL(weigh_partials),
     FOLD_KERNEL(fold_partials),
     FOLD_KERNEL(fold_partials_p),

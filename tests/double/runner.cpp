@@ -164,7 +164,7 @@ class Case {
         add_rows(i, descs_[i], rows);
       }
     }
-    if (one_group()) groups_.push_back({same_threshold(), 0, 0, num_tiles_});
+    if (one_group()) groups_.push_back({same_threshold(), numel(), 0, num_tiles_});
     sums_ = filled<double>(num_tiles_);
     scales_ = filled<double>(num_tiles_);
     counts_ = filled<u64>(num_tiles_);
@@ -184,17 +184,20 @@ class Case {
     const Order order = {header_.reversed != 0, header_.reversed != 0};
     const u32 blocks = header_.blocks;
     if (header_.operation == 0 || header_.operation == kInto) {
-      static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf"};
+      static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf",
+                                             "norm_partials_p", "norm_partials_l2"};
       const u32 norm_type = header_.clip.norm_type;
-      if (norm_type > kP) fail("no such norm");
+      if (norm_type > kRms) fail("no such norm");
       const bool any_order = norm_type == kP;
       double* scales = header_.with_scales || any_order ? scales_.get() : nullptr;
-      Arguments partials(any_order ? "norm_partials_p" : kSymbols[norm_type]);
+      Arguments partials(kSymbols[norm_type]);
       partials.add(table()).add(num_tiles_).add(sums_.get()).add(scales);
       if (any_order) partials.add(header_.clip.p);
       partials.run(blocks, order);
-      Arguments(any_order ? "clip_coef_p" : "clip_coef")
-          .add(sums_.get()).add(scales).add(num_tiles_).add(header_.clip).add(report_.get()).run(1, order);
+      Arguments coef(any_order ? "clip_coef_p" : norm_type == kRms ? "clip_coef_rms" : "clip_coef");
+      coef.add(sums_.get()).add(scales).add(num_tiles_);
+      if (norm_type == kRms) coef.add(numel());
+      coef.add(header_.clip).add(report_.get()).run(1, order);
       if (header_.operation == 0) {
         Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
       } else {
@@ -236,6 +239,12 @@ class Case {
   bool with_stats() const { return header_.operation == 4 || header_.operation == 6; }
   bool one_group() const { return header_.operation >= 5; }
 
+  u64 numel() const {
+    u64 sum = 0;
+    for (u32 i = 0; i < header_.num_tensors; ++i) sum += descs_[i].numel;
+    return sum;
+  }
+
   static double same_threshold() {
     double threshold;
     std::memcpy(&threshold, &kSameThreshold, sizeof threshold);
@@ -258,9 +267,10 @@ class Case {
 
   void run_scoped(u32 blocks, Order order) {
     static const char* const kPartials[] = {"scoped_partials_l1", "scoped_partials_l2", "scoped_partials_inf",
-                                            "scoped_partials_p"};
-    static const char* const kStats[] = {"scoped_stats_l1", "scoped_stats_l2", "scoped_stats_inf", "scoped_stats_p"};
-    if (header_.clip.norm_type > kP) fail("no such norm");
+                                            "scoped_partials_p", "scoped_partials_l2"};
+    static const char* const kStats[] = {"scoped_stats_l1", "scoped_stats_l2", "scoped_stats_inf", "scoped_stats_p",
+                                         "scoped_stats_l2"};
+    if (header_.clip.norm_type > kRms) fail("no such norm");
     const bool any_order = header_.clip.norm_type == kP;
     const ScopedTable table = {scoped_.get(), header_.num_tensors};
     double* const scales = header_.with_scales || any_order ? scales_.get() : nullptr;

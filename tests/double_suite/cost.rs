@@ -135,6 +135,33 @@ fn repeated_scoped_calls_only_launch() {
                     assert_only_launches(&counters, 3, &format!("{count} tensors, {scope:?}"));
                     let counters = bench.count(|clipper| clipper.norms_by(grads, &scope, NormType::L2).unwrap());
                     assert_only_launches(&counters, 2, &format!("{count} tensors, {scope:?}"));
+                    let counters = bench.count(|clipper| clipper.clip_coef_by(grads, &scope, 1.0).unwrap());
+                    assert_only_launches(&counters, 2, &format!("{count} tensors, {scope:?}, coefficients"));
+                    let rms = ClipNorm::new(1.0).norm_type(NormType::Rms);
+                    let counters = bench.count(|clipper| clipper.clip_grad_norm_by(grads, &scope, rms).unwrap());
+                    assert_only_launches(&counters, 3, &format!("{count} tensors, {scope:?}, root mean square"));
+                }
+            });
+        }
+    });
+}
+
+/// The first call loads the kernels of its own, and no others.
+#[test]
+fn repeated_scoped_value_clipping_only_launches() {
+    with_bench(|mut bench| {
+        for count in [1, 160, 3000] {
+            let list = list_of(count);
+            let (groups, rows): (Vec<usize>, Vec<usize>) = (0..count).map(|i| (i % 7 % count, 3)).unzip();
+            let scopes = [Scope::global(), Scope::per_tensor(), Scope::groups(&groups), Scope::rows(&rows)];
+            let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+            device.with(&list, |grads| {
+                for (index, scope) in scopes.into_iter().enumerate() {
+                    let first = bench.count(|clipper| clipper.clip_grad_value_by(grads, &scope, 1.0).unwrap());
+                    let loads = u64::from(count == 1 && index == 0);
+                    assert_eq!((first.launches, first.syncs, first.module_loads), (2, 0, loads), "{count} tensors");
+                    let counters = bench.count(|clipper| clipper.clip_grad_value_by(grads, &scope, 0.5).unwrap());
+                    assert_only_launches(&counters, 2, &format!("{count} tensors, {scope:?}"));
                 }
             });
         }

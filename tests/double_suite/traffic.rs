@@ -4,7 +4,7 @@ use crate::suite::data::{tensor, Source, Tensor, Values, DTYPES};
 use crate::suite::device::OnDevice;
 use crate::support::double::{self, Double, KernelRun};
 use gradclip::cuda::{self, Clipper, DeviceGradMut};
-use gradclip::{Dtype, NormType};
+use gradclip::{Dtype, NormType, Scope};
 
 const SEGMENT: usize = 4 * 1024;
 const TILE: usize = 32 * 1024;
@@ -237,6 +237,14 @@ fn clipping_by_value_reads_once_and_writes_what_changes() {
                 let runs = bench.double.kernel_runs();
                 let counts = run("clamp_counts", 0, 0);
                 assert_eq!(runs, [run("clamp", bytes, expected), counts], "bound {bound}, offset {offset}");
+                // With counts of each tensor: not a byte more.
+                let mut device = OnDevice::upload(bench.clipper.stream(), &list);
+                bench.double.reset_counters();
+                let scope = Scope::per_tensor();
+                device.with(&list, |grads| drop(bench.clipper.clip_grad_value_by(grads, &scope, bound).unwrap()));
+                let counts = run("scoped_clamp_counts", 0, 0);
+                let runs = bench.double.kernel_runs();
+                assert_eq!(runs, [run("scoped_clamp", bytes, expected), counts], "bound {bound}, offset {offset}");
                 writes.push(expected as f64 / bytes as f64);
             }
             assert!(writes[0] == 0.0 && (0.01..0.2).contains(&writes[1]) && writes[2] > 0.9, "{writes:?}");

@@ -139,6 +139,16 @@ pub fn clip_grad_norm_by(
     report
 }
 
+pub fn norms_by(
+    clipper: &mut Clipper,
+    list: &[Tensor],
+    scope: &Scope<'_>,
+    norm_type: NormType,
+) -> Result<ScopedReport> {
+    let mut device = OnDevice::upload(clipper.stream(), list);
+    device.with(list, |grads| clipper.norms_by(grads, scope, norm_type)).and_then(|pending| pending.wait())
+}
+
 pub fn clip_grad_value(clipper: &mut Clipper, list: &mut [Tensor], clip: ClipValue) -> Result<ValueReport> {
     let mut device = OnDevice::upload(clipper.stream(), list);
     let report = device.with(list, |grads| clipper.clip_grad_value(grads, clip)).and_then(|pending| pending.wait());

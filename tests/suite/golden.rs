@@ -10,7 +10,10 @@ use std::cell::RefCell;
 fn run(clipper: &mut Clipper, case: &Case) -> Outcome {
     let mut list: Vec<Tensor> = case.grads.iter().map(|values| Tensor { values: values.clone(), offset: 0 }).collect();
     let answer = match case.op {
-        Op::TotalNorm(norm_type) => device::total_norm(clipper, &list, norm_type).map(Answer::Norm),
+        Op::TotalNorm(norm_type) => match case.scope() {
+            None => device::total_norm(clipper, &list, norm_type).map(Answer::Norm),
+            Some(scope) => device::norms_by(clipper, &list, &scope, norm_type).map(Answer::Norms),
+        },
         Op::ClipNorm { .. } => match (case.scope(), case.clip_norm().unwrap()) {
             (None, clip) => device::clip_grad_norm(clipper, &mut list, clip).map(Answer::Norm),
             (Some(scope), clip) => device::clip_grad_norm_by(clipper, &mut list, &scope, clip).map(Answer::Norms),
@@ -66,6 +69,11 @@ fn loss_scales() {
 #[test]
 fn given_norms() {
     check_on_device("given_norm.json");
+}
+
+#[test]
+fn scopes() {
+    check_on_device("scopes.json");
 }
 
 #[test]

@@ -6,8 +6,8 @@ use crate::backend::{with_clipper, LARGE};
 use gradclip::cuda::Clipper;
 use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType};
 
-const NORM_TYPES: [NormType; 6] =
-    [NormType::L1, NormType::L2, NormType::Inf, NormType::P(0.5), NormType::P(3.0), NormType::P(10.7)];
+const NORM_TYPES: [NormType; 7] =
+    [NormType::L1, NormType::L2, NormType::Inf, NormType::P(0.5), NormType::P(3.0), NormType::P(10.7), NormType::Rms];
 const FURTHER_ORDERS: [f64; 8] = [5e-324, 1e-3, 0.01, 1.5, 4.0, 100.0, 1e300, f64::MAX];
 
 /// A report with NaN made comparable.

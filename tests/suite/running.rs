@@ -6,7 +6,7 @@ use crate::backend::{with_clipper, LARGE};
 use gradclip::cuda::{Clipper, DeviceGradMut, RawGrad, RunningNorm};
 use gradclip::{cpu, ClipNorm, Dtype, Error, NonFinite, NormReport, NormType, Result};
 
-const NORM_TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(0.5)];
+const NORM_TYPES: [NormType; 5] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(0.5), NormType::Rms];
 
 fn report_bits(report: &NormReport) -> (u64, u64, bool, Option<usize>) {
     (report.total_norm.to_bits(), report.clip_coef.to_bits(), report.written, report.first_nonfinite)
@@ -141,7 +141,7 @@ fn another_list_is_refused() {
             grads.swap(0, 2);
             let order = ClipNorm::new(1.0).norm_type(NormType::L1);
             let error = norm.clip(grads, order).unwrap_err();
-            assert_eq!(error, Error::OtherNormType { running: 2.0, got: 1.0 });
+            assert_eq!(error, Error::OtherNormType { running: NormType::L2, got: NormType::L1 });
             assert!(matches!(norm.clip(grads, -1.0).unwrap_err(), Error::InvalidThreshold { .. }));
         });
         let mut untouched = list.to_vec();

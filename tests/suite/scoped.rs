@@ -2,11 +2,14 @@
 
 use super::data::{bits, tensor, Source, Tensor, Values, DTYPES};
 use super::device::{clip_grad_norm_by as on_device, OnDevice};
+use super::semantics::at;
 use crate::backend::{with_clipper, LARGE};
-use gradclip::cuda::Clipper;
-use gradclip::{cpu, ClipNorm, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, TensorStats};
+use gradclip::cuda::{Clipper, PendingScoped};
+use gradclip::{
+    cpu, ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, TensorStats,
+};
 
-const NORM_TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5)];
+const NORM_TYPES: [NormType; 5] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::Rms];
 
 fn group_bits(report: &NormReport) -> (u64, u64, u64, bool, Option<usize>) {
     let numbers = [report.total_norm, report.clip_coef, report.multiplier].map(f64::to_bits);
@@ -62,7 +65,7 @@ fn mixed_list(source: &mut Source) -> Vec<Tensor> {
 fn each_tensor_has_the_norm_it_has_alone() {
     with_clipper(|clipper| {
         let list = mixed_list(&mut Source::new(21));
-        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.1, 0.02, 0.2]) {
+        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.1, 0.02, 0.2, 0.01]) {
             let clip = ClipNorm::new(max_norm).norm_type(norm_type);
             let report = assert_parity(clipper, &list, &Scope::per_tensor(), clip, &format!("{norm_type:?}"));
             let mut clipped = list.clone();
@@ -117,7 +120,7 @@ fn rows_have_the_norm_they_have_alone() {
                 rows.push(count);
             }
         }
-        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.05, 0.02, 0.1]) {
+        for (norm_type, max_norm) in NORM_TYPES.into_iter().zip([1.0, 0.05, 0.02, 0.1, 0.01]) {
             let clip = ClipNorm::new(max_norm).norm_type(norm_type);
             let report = assert_parity(clipper, &list, &Scope::rows(&rows), clip, &format!("{norm_type:?}"));
             let expected = cpu::norms_by(&rows_of(&list, &rows), &Scope::per_tensor(), norm_type).unwrap();
@@ -314,5 +317,183 @@ fn measuring_has_the_groups_of_clipping() {
         assert_eq!(report, cpu::norms_by(&list, &scope, NormType::L2).unwrap());
         assert_eq!(report.groups.iter().map(|group| group.total_norm).collect::<Vec<_>>(), [2.0, 0.0, 0.0, 5.0, 0.0]);
         assert_eq!(report.of_tensor(0).unwrap(), &report.groups[3..4]);
+    });
+}
+
+/// The root mean square, by its formula from the exact L2 norm; each edge that has a value of its own.
+#[test]
+fn root_mean_squares() {
+    with_clipper(|clipper| {
+        let list = [
+            tensor(Dtype::F32, &[3.0, 4.0, 0.0, 0.0]),
+            tensor(Dtype::F16, &[]),
+            tensor(Dtype::F64, &[f64::MAX, f64::MAX, -f64::MAX]), // whose L2 norm is beyond f64
+            tensor(Dtype::F64, &[5e-324, 5e-324]),
+            tensor(Dtype::F32, &[0.0, -0.0]),
+            tensor(Dtype::BF16, &[f64::NAN, 1.0]),
+            tensor(Dtype::F16, &[f64::INFINITY, 1.0]),
+            tensor(Dtype::F16, &[60000.0; 5]),
+        ];
+        let clip = ClipNorm::new(1.0).norm_type(NormType::Rms);
+        let report = assert_parity(clipper, &list, &Scope::per_tensor(), clip, "rms");
+        let got: Vec<f64> = report.groups.iter().map(|group| group.total_norm).collect();
+        let expected = [2.5, 0.0, f64::MAX, 5e-324, 0.0, f64::NAN, f64::INFINITY, 60000.0];
+        for (got, expected) in got.iter().zip(expected) {
+            let close = (got - expected).abs() <= 1e-15 * expected || got.to_bits() == expected.to_bits();
+            assert!(close, "{got:e}, not {expected:e}");
+        }
+        let written: Vec<bool> = report.groups.iter().map(|group| group.written).collect();
+        assert_eq!(written, [true, false, true, false, false, false, false, true]);
+        // Exactly at the threshold nothing is written.
+        let at_threshold = assert_parity(
+            clipper,
+            &list[..1],
+            &Scope::per_tensor(),
+            ClipNorm::new(2.5).norm_type(NormType::Rms),
+            "rms at the threshold",
+        );
+        assert_eq!(at_threshold.num_written(), 0);
+        // The mean is over what has the norm: all of a group, one row, the tensor of the telemetry.
+        let rows = [tensor(Dtype::F32, &[3.0, 4.0, 0.0, 0.0]), tensor(Dtype::F32, &[2.0, 2.0])];
+        let by_row = assert_parity(clipper, &rows, &Scope::rows(&[2, 1]), clip, "rms of rows");
+        let norms = |report: &ScopedReport| report.groups.iter().map(|group| group.total_norm).collect::<Vec<_>>();
+        assert_eq!(norms(&by_row), [12.5f64.sqrt(), 0.0, 2.0]);
+        let seen = cpu::norms_by(&rows, &Scope::rows(&[2, 1]).telemetry(), NormType::Rms).unwrap();
+        assert_eq!(seen.tensors.iter().map(|tensor| tensor.norm).collect::<Vec<_>>(), [2.5, 2.0]);
+        let together = assert_parity(clipper, &rows, &Scope::groups(&[0, 0]), clip, "rms of a group");
+        assert_eq!(norms(&together), [(33.0f64 / 6.0).sqrt()]);
+        assert_eq!(cpu::total_norm(&rows, NormType::Rms).unwrap().total_norm, (33.0f64 / 6.0).sqrt());
+    });
+}
+
+/// What an optimizer's kernel finds, against the report; nothing is written.
+#[test]
+fn multipliers_of_groups_by_device_address() {
+    with_clipper(|clipper| {
+        let list = [
+            tensor(Dtype::F32, &[3.0, 4.0]),
+            tensor(Dtype::F16, &[0.5]),
+            tensor(Dtype::F32, &[f64::NAN]),
+            tensor(Dtype::F32, &[f64::INFINITY]),
+        ];
+        for policy in [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate] {
+            let clip = ClipNorm::new(1.0).loss_scale(2.0).nonfinite(policy);
+            for scope in [Scope::per_tensor(), Scope::per_tensor().telemetry(), Scope::groups(&[1, 0, 3, 1])] {
+                let expected = cpu::clip_coef_by(&list, &scope, clip).unwrap();
+                let clipped = cpu::clip_grad_norm_by(&mut list.to_vec(), &scope, clip).unwrap();
+                let mut device = OnDevice::upload(clipper.stream(), &list);
+                let pending = device.with(&list, |grads| clipper.clip_coef_by(grads, &scope, clip)).unwrap();
+                let report = pending.wait().unwrap();
+                let compare = |report: &ScopedReport| report.groups.iter().map(group_bits).collect::<Vec<_>>();
+                assert_eq!(compare(&report), compare(&expected));
+                assert_eq!(report.num_written(), 0);
+                let step = PendingScoped::ADDRESS_STEP;
+                for (index, group) in report.groups.iter().enumerate() {
+                    assert_eq!(group.multiplier.to_bits(), clipped.groups[index].multiplier.to_bits(), "{index}");
+                    let first = pending.multiplier_address(0).unwrap() + index as u64 * step;
+                    assert_eq!(pending.multiplier_address(index), Some(first));
+                    let doubles = [pending.multiplier_address(index), pending.total_norm_address(index)]
+                        .into_iter()
+                        .chain([pending.clip_coef_address(index)])
+                        .map(|address| at::<f64>(clipper, address.unwrap()).to_bits())
+                        .collect::<Vec<_>>();
+                    let reported = [group.multiplier, group.total_norm, group.clip_coef].map(f64::to_bits);
+                    assert_eq!(doubles, reported, "{index} {policy:?}");
+                    let single: f32 = at(clipper, pending.multiplier_f32_address(index).unwrap());
+                    assert_eq!(single.to_bits(), (group.multiplier as f32).to_bits(), "{index} {policy:?}");
+                    let found_inf: f32 = at(clipper, pending.found_inf_address(index).unwrap());
+                    assert_eq!(found_inf == 1.0, group.found_inf, "{index} {policy:?}");
+                }
+                assert_eq!(pending.multiplier_address(report.groups.len()), None);
+                let mut after = list.to_vec();
+                device.download(&mut after);
+                assert_eq!(bits(&after), bits(&list), "clip_coef_by writes nothing");
+            }
+        }
+        let error = cpu::clip_coef_by(&list, &Scope::per_tensor(), ClipNorm::new(1.0).nonfinite(NonFinite::Error));
+        let mut device = OnDevice::upload(clipper.stream(), &list);
+        let clip = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+        let got = device.with(&list, |grads| clipper.clip_coef_by(grads, &Scope::per_tensor(), clip)).unwrap_err();
+        assert_eq!(format!("{got:?}"), format!("{:?}", error.unwrap_err()));
+    });
+}
+
+/// Counts of each group: both back ends, and each group against a list of its tensors or rows alone.
+#[test]
+fn clipped_fractions_of_each_group() {
+    with_clipper(|clipper| {
+        let mut source = Source::new(27);
+        let mut list = mixed_list(&mut source);
+        let (nan, inf) = (f64::NAN, f64::INFINITY);
+        list.push(tensor(Dtype::F32, &[nan, 1.0, -inf, 0.0, 0.5, inf]));
+        list.push(tensor(Dtype::F16, &[0.0, nan]));
+        list.extend((0..700).map(|i| source.tensor(DTYPES[i % 4], 3, i % 2)));
+        let group_of: Vec<usize> = (0..list.len()).map(|i| [3, 0, 1, 3, 3][i % 5]).collect();
+        let rows: Vec<usize> = list.iter().map(|one| [4, 2, 1][one.values.numel() % 3]).collect();
+        let rows: Vec<usize> =
+            rows.iter().zip(&list).map(|(&rows, one)| if one.values.numel() % rows == 0 { rows } else { 1 }).collect();
+        for clip in [ClipValue::new(0.01), ClipValue::between(-1e-3, 0.02), ClipValue::new(9.0), ClipValue::new(0.0)] {
+            let mut plain = list.clone();
+            let all = cpu::clip_grad_value(&mut plain, clip).unwrap();
+            for scope in [Scope::global(), Scope::per_tensor(), Scope::groups(&group_of), Scope::rows(&rows)] {
+                let (mut on_cpu, mut there) = (list.clone(), list.clone());
+                let report = cpu::clip_grad_value_by(&mut on_cpu, &scope, clip).unwrap();
+                let mut device = OnDevice::upload(clipper.stream(), &there);
+                let pending = device.with(&list, |grads| clipper.clip_grad_value_by(grads, &scope, clip)).unwrap();
+                assert_eq!(pending.wait().unwrap(), report, "{scope:?}");
+                device.download(&mut there);
+                assert_eq!(bits(&on_cpu), bits(&plain), "{scope:?}");
+                assert_eq!(bits(&there), bits(&plain), "{scope:?}");
+                let sum = |of: fn(&gradclip::ValueReport) -> u64| report.groups.iter().map(of).sum::<u64>();
+                assert_eq!(
+                    (sum(|group| group.clipped), sum(|group| group.nan), sum(|group| group.numel)),
+                    (all.clipped, all.nan, all.numel)
+                );
+            }
+            let of_each = cpu::clip_grad_value_by(&mut list.clone(), &Scope::per_tensor(), clip).unwrap();
+            for (index, (one, group)) in list.iter().zip(&of_each.groups).enumerate() {
+                let mut alone = [one.clone()];
+                let mut expected = cpu::clip_grad_value(&mut alone, clip).unwrap();
+                expected.first_nonfinite = expected.first_nonfinite.map(|_| index);
+                assert_eq!(*group, expected, "{index}");
+                let changed = one.values.bits().iter().zip(alone[0].values.bits()).filter(|(a, b)| **a != *b).count();
+                let fraction = changed as f64 / one.values.numel().max(1) as f64;
+                assert_eq!(group.clipped_fraction(), fraction, "{index}");
+            }
+        }
+        let by_row = cpu::clip_grad_value_by(&mut list.clone(), &Scope::rows(&rows), 0.01).unwrap();
+        let mut parts = rows_of(&list, &rows);
+        let expected = cpu::clip_grad_value_by(&mut parts, &Scope::per_tensor(), 0.01).unwrap();
+        let counts = |report: &ScopedReport<gradclip::ValueReport>| {
+            report.groups.iter().map(|group| (group.clipped, group.nan, group.numel)).collect::<Vec<_>>()
+        };
+        assert_eq!(counts(&by_row), counts(&expected));
+    });
+}
+
+#[test]
+fn value_clipping_with_a_scope_of_norms_is_refused() {
+    with_clipper(|clipper| {
+        let list = [tensor(Dtype::F32, &[3.0, 4.0])];
+        let thresholds = [Some(1.0)];
+        for (scope, clip, expected) in [
+            (Scope::per_tensor().telemetry(), 1.0, Error::ScopeForNorms { option: "telemetry" }),
+            (Scope::per_tensor().max_norms(&thresholds), 1.0, Error::ScopeForNorms { option: "max_norms" }),
+            (Scope::rows(&[3]), 1.0, Error::UnevenRows { tensor: 0, numel: 2, rows: 3 }),
+            (
+                Scope::per_tensor(),
+                -1.0,
+                Error::InvalidThreshold { name: "clip_value", expected: "zero or positive", got: -1.0 },
+            ),
+        ] {
+            let mut on_cpu = list.to_vec();
+            assert_eq!(cpu::clip_grad_value_by(&mut on_cpu, &scope, clip).unwrap_err(), expected);
+            let mut device = OnDevice::upload(clipper.stream(), &list);
+            let call = device.with(&list, |grads| clipper.clip_grad_value_by(grads, &scope, clip).map(drop));
+            assert_eq!(call.unwrap_err(), expected);
+            let mut after = list.to_vec();
+            device.download(&mut after);
+            assert_eq!((bits(&after), bits(&on_cpu)), (bits(&list), bits(&list)));
+        }
     });
 }

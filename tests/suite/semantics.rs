@@ -277,7 +277,7 @@ fn a_threshold_by_device_address() {
 }
 
 /// Reads what lies at a device address.
-fn at<T: cudarc::driver::DeviceRepr>(clipper: &gradclip::cuda::Clipper, address: u64) -> T {
+pub fn at<T: cudarc::driver::DeviceRepr>(clipper: &gradclip::cuda::Clipper, address: u64) -> T {
     let stream = clipper.stream();
     // SAFETY: a value of this type on the device, alive with the clipper; leaked below, so not freed twice.
     let value = unsafe { stream.upgrade_device_ptr::<T>(address, 1) };

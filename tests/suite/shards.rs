@@ -195,7 +195,7 @@ fn one_rank_has_the_bits_of_the_plain_call() {
 fn a_rank_that_is_refused_is_an_error_on_all() {
     with_clipper(|clipper| {
         let context = clipper.stream().context().clone();
-        for wrong in ["threshold", "copies", "pointer", "overlap", "order", "other order"] {
+        for wrong in ["threshold", "copies", "pointer", "overlap", "order", "mean", "other order"] {
             let results = world::run(3, |rank| {
                 let list = [tensor(Dtype::F32, &[3.0, 4.0]), tensor(Dtype::F64, &[12.0])];
                 let stream = context.new_stream().unwrap();
@@ -217,6 +217,7 @@ fn a_rank_that_is_refused_is_an_error_on_all() {
                         "threshold" => clipper.clip_grad_norm_sharded(grads, Copies::One, -1.0, &rank),
                         "copies" => clipper.clip_grad_norm_sharded(grads, &[1], clip, &rank),
                         "pointer" => clipper.clip_grad_norm_sharded(&mut [good(), bad], Copies::One, clip, &rank),
+                        "mean" => clipper.total_norm_sharded(grads, Copies::One, NormType::Rms, &rank),
                         "overlap" => clipper.clip_grad_norm_sharded(&mut [good(), good()], Copies::One, clip, &rank),
                         _ => clipper.total_norm_sharded(grads, Copies::One, NormType::P(-1.0), &rank),
                     };
@@ -239,6 +240,7 @@ fn a_rank_that_is_refused_is_an_error_on_all() {
                         "threshold" => matches!(error, Error::InvalidThreshold { .. }),
                         "copies" => error == Error::ScopeLength { what: "copies", expected: 2, got: 1 },
                         "pointer" => matches!(error, Error::BadPointer { tensor: 1, .. }),
+                        "mean" => error == Error::RmsOverRanks,
                         "overlap" => error == Error::Overlap { first: 0, second: 1 },
                         _ => error == Error::InvalidNormType { got: -1.0 },
                     };

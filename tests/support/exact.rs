@@ -23,16 +23,18 @@ pub struct ExactSum {
     power: u32,
     /// Little-endian, in units of 2^LOWEST.
     limbs: [u64; LIMBS],
+    /// Whether the sum is a little more than that, below one unit.
+    rest: bool,
 }
 
 impl ExactSum {
     pub fn new(norm_type: NormType) -> Self {
         let power = match norm_type {
             NormType::L1 => 1,
-            NormType::L2 => 2,
+            NormType::L2 | NormType::Rms => 2,
             other => panic!("{other:?} is not of order 1 or 2"),
         };
-        Self { power, limbs: [0; LIMBS] }
+        Self { power, limbs: [0; LIMBS], rest: false }
     }
 
     /// Terms with equal exponents are added as integers, and only what those bins hold is shifted into place: one
@@ -72,6 +74,17 @@ impl ExactSum {
         assert!(!carry, "more than 2^64 elements");
     }
 
+    /// The mean of `numel` terms, where this is their sum.
+    pub fn mean(mut self, numel: usize) -> Self {
+        let mut rest = 0u128;
+        for limb in self.limbs.iter_mut().rev() {
+            let high = rest << 64 | u128::from(*limb);
+            *limb = (high / numel as u128) as u64;
+            rest = high % numel as u128;
+        }
+        Self { rest: rest > 0, ..self }
+    }
+
     /// The sum, or its square root, rounded once to nearest even. Inf where that is beyond the largest f64.
     pub fn norm(&self) -> f64 {
         let Some(top) = (0..LIMBS).rev().find(|&i| self.limbs[i] > 0) else { return 0.0 };
@@ -101,7 +114,8 @@ impl ExactSum {
     /// This sum against `(units * 2^unit)^power`.
     fn compare(&self, units: u64, unit: i32) -> Ordering {
         let other = at_exponent(u128::from(units).pow(self.power), self.power as i32 * unit);
-        self.limbs.iter().rev().cmp(other.iter().rev())
+        let more = if self.rest { Ordering::Greater } else { Ordering::Equal };
+        self.limbs.iter().rev().cmp(other.iter().rev()).then(more)
     }
 }
 
@@ -139,6 +153,9 @@ pub fn total_norm(tensors: &[Tensor], norm_type: NormType) -> f64 {
     for tensor in tensors {
         with_values!(tensor, values => sum.add(values));
     }
+    if norm_type == NormType::Rms {
+        sum = sum.mean(tensors.iter().map(Tensor::numel).sum());
+    }
     sum.norm()
 }
 
@@ -151,5 +168,8 @@ pub fn norm<T: Float>(elements: &[T], norm_type: NormType) -> f64 {
     }
     let mut sum = ExactSum::new(norm_type);
     sum.add(elements);
+    if norm_type == NormType::Rms && !elements.is_empty() {
+        sum = sum.mean(elements.len());
+    }
     sum.norm()
 }

@@ -7,6 +7,7 @@
 #[path = "golden/read.rs"]
 mod read;
 
+pub use parts::Sharing;
 pub use presets::Preset;
 
 pub use read::{folder, read};
@@ -26,6 +27,8 @@ pub struct Case {
     pub grads: Vec<Tensor>,
     /// Where the options come from, instead of `op`.
     pub preset: Option<Preset>,
+    /// What has a norm of its own, where that is not the whole list.
+    pub sharing: Option<Sharing>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +65,7 @@ pub struct Outcome {
 pub enum Answer {
     Norm(NormReport),
     Value(ValueReport),
-    /// Of a preset that clips each tensor.
+    /// Of each tensor, group or row.
     Norms(ScopedReport),
 }
 
@@ -73,9 +76,13 @@ impl Case {
         preset.clip_norm().map(|clip| clip.loss_scale(self.loss_scale()))
     }
 
-    /// The scope of `clip_grad_norm_by`, where each tensor is clipped by itself.
-    pub fn scope(&self) -> Option<Scope<'static>> {
-        self.preset.as_ref().filter(|preset| preset.per_tensor).map(|_| Scope::per_tensor())
+    /// The scope of `clip_grad_norm_by`, where not all gradients share one norm.
+    pub fn scope(&self) -> Option<Scope<'_>> {
+        self.sharing.as_ref().map(|sharing| match sharing {
+            Sharing::Tensor => Scope::per_tensor(),
+            Sharing::Group { of, max_norms } => Scope::groups(of).max_norms(max_norms),
+            Sharing::Row(rows) => Scope::rows(rows),
+        })
     }
 
     fn plain_clip_norm(&self) -> Option<ClipNorm> {
@@ -137,7 +144,10 @@ pub struct Golden {
     /// The true norm, rounded once; NaN or Inf where an element is, or where it is beyond f64.
     pub exact_norm: Option<f64>,
     pub exact_grads: Option<Vec<Tensor>>,
+    /// Of each tensor, group or row.
+    pub exact_norms: Option<Vec<f64>>,
     pub peer_norm: Option<f64>,
+    pub peer_norms: Option<Vec<f64>>,
     pub peer_grads: Option<Vec<Tensor>>,
     pub peer_differs: Option<String>,
     pub peer_found_inf: Option<bool>,
@@ -205,7 +215,9 @@ macro_rules! require {
     }};
 }
 
-// Here, as it uses the macro.
+// Here, as they use the macro.
+#[path = "golden/parts.rs"]
+mod parts;
 #[path = "golden/presets.rs"]
 mod presets;
 
@@ -213,6 +225,9 @@ fn judge(golden: &Golden, run: &impl Fn(&Case) -> Outcome) -> Verdict {
     let outcome = || run(&golden.case);
     if golden.case.preset.is_some() && matches!(golden.case.op, Op::ClipNorm { max_norm, .. } if max_norm >= 0.0) {
         return presets::judge(golden, &outcome());
+    }
+    if golden.case.preset.is_none() && golden.case.sharing.is_some() {
+        return parts::judge(golden, &outcome());
     }
     match golden.case.op {
         Op::TotalNorm(_) => judge_total_norm(golden, &outcome()),

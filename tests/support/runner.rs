@@ -286,6 +286,7 @@ fn tag_of(norm_type: NormType) -> u32 {
         NormType::L1 => norm_type::L1,
         NormType::L2 => norm_type::L2,
         NormType::Inf => norm_type::INF,
+        NormType::Rms => norm_type::RMS,
         _ => norm_type::P,
     }
 }

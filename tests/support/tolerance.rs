@@ -94,6 +94,7 @@ fn norm_of_sum(lanes: f64, tiles: usize, norm_type: NormType) -> f64 {
     match norm_type {
         NormType::L1 => sum,
         NormType::L2 => sum / 2.0 + 2.0 * V, // the root halves a relative error; itself, it adds one rounding
+        NormType::Rms => sum / 2.0 + 3.0 * V, // and the quotient before it half of one
         _ => 0.0,                            // a maximum is not rounded
     }
 }
@@ -162,7 +163,7 @@ pub fn norm_after_clipping(tensors: &[Tensor], norm_type: NormType) -> Miss {
             NormType::L2 => unit * numel.sqrt(),
             NormType::P(p) if p >= 1.0 => unit * numel.powf(1.0 / p),
             NormType::P(p) => panic!("no triangle inequality at p = {p}"),
-            _ => unit,
+            _ => unit, // Inf; Rms: that of L2 over the root of numel
         }
     });
     Miss { relative: norm(tensors, norm_type) + rounding + 4.0 * V, absolute: absolute.sum() }

@@ -67,7 +67,8 @@ pub(super) fn clip_grad_value(
     with_slices(&list, |slices| cpu::check(slices).map(drop))?;
     let clamp = Clamp { bounds: value_bounds::in_each_dtype(clip), counts: RefCell::default() };
     update(&list, &clamp)?;
-    let report = cpu::value_report(&clamp.counts.take());
+    let numel = list.tensors().iter().map(|tensor| tensor.elem_count() as u64).sum();
+    let report = cpu::value_report(&clamp.counts.take(), numel);
     if report.written {
         list.put_back(vars, store);
     }

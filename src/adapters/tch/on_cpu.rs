@@ -53,11 +53,11 @@ pub(super) fn clip_coef(list: GradList, clip: &ClipNorm) -> Result<Deferred<Norm
 }
 
 pub(super) fn clip_grad_value(mut list: GradList, clip: &ClipValue) -> Result<Deferred<ValueReport>> {
-    cpu::check(&slices(&list)).map_err(|error| list.name_in(error))?;
+    let numel = cpu::check(&slices(&list)).map_err(|error| list.name_in(error))?.numel();
     let bounds = value_bounds::in_each_dtype(clip);
     // SAFETY: `check` has refused overlaps.
     let counts = cpu::clamp_all(&bounds, &mut unsafe { slices_mut(&mut list) });
-    let report = cpu::value_report(&counts);
+    let report = cpu::value_report(&counts, numel);
     if report.written {
         list.put_back()?;
     }

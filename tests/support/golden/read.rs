@@ -1,7 +1,7 @@
 //! Reading the golden files.
 
 use super::super::tensor::Tensor;
-use super::{Case, Golden, Op, Preset};
+use super::{Case, Golden, Op, Preset, Sharing};
 use gradclip::{Dtype, NonFinite, NormType};
 use std::path::{Path, PathBuf};
 
@@ -36,7 +36,11 @@ struct Entry {
     arguments: Option<Vec<String>>,
     nonfinite: Option<String>,
     scope: Option<String>,
+    groups: Option<Vec<usize>>,
+    max_norms: Option<Vec<Option<String>>>,
+    rows: Option<Vec<usize>>,
     exact_norms: Option<Vec<String>>,
+    peer_norms: Option<Vec<String>>,
     loss_scale: Option<String>,
     peer_found_inf: Option<bool>,
     total_norm: Option<String>,
@@ -93,6 +97,8 @@ impl Entry {
             peer_grads: self.peer_grads.as_ref().map(tensors_of),
             peer_differs: self.peer_differs.clone(),
             peer_found_inf: self.peer_found_inf,
+            exact_norms: self.exact_norms.as_ref().map(|norms| norms.iter().map(|norm| number(norm)).collect()),
+            peer_norms: self.peer_norms.as_ref().map(|norms| norms.iter().map(|norm| number(norm)).collect()),
             peer: self.peer.clone(),
             case: Case {
                 name: self.name.clone(),
@@ -101,14 +107,25 @@ impl Entry {
                 preset: self.preset.as_ref().map(|name| Preset {
                     name: name.clone(),
                     arguments: self.arguments.iter().flatten().map(|text| number(text)).collect(),
-                    per_tensor: self.scope.as_deref() == Some("tensor"),
-                    exact_norms: self.exact_norms.iter().flatten().map(|text| number(text)).collect(),
                 }),
+                sharing: match self.scope.as_deref() {
+                    None | Some("global") => None,
+                    Some("tensor") => Some(Sharing::Tensor),
+                    Some("group") => Some(Sharing::Group {
+                        of: self.groups.clone().unwrap_or_default(),
+                        max_norms: self.max_norms.iter().flatten().map(|text| text.as_deref().map(number)).collect(),
+                    }),
+                    Some("row") => Some(Sharing::Row(self.rows.clone().unwrap_or_default())),
+                    Some(other) => panic!("{}: unknown scope {other}", self.name),
+                },
             },
         }
     }
 
     fn norm_type(&self) -> NormType {
+        if self.norm_type.as_deref() == Some("rms") {
+            return NormType::Rms;
+        }
         let order = self.norm_type.as_deref().and_then(|text| text.parse::<f64>().ok());
         order.unwrap_or_else(|| panic!("{}: unknown norm_type {:?}", self.name, self.norm_type)).into()
     }
