@@ -309,12 +309,29 @@ fn scoped_kernels_and_cpu_path_agree() {
     }
 }
 
+/// More tiles than twice the threads that fold them, so that a thread has several; in three places a NaN, two of them
+/// the same thread's.
+fn many_tiles() -> Vec<Tensor> {
+    let mut source = Source::new(14);
+    let mut list: Vec<_> = (0..2100).map(|i| source.tensor(DTYPES[i % 4], 1 + i % 3, i % 2)).collect();
+    for bad in [1500, 1024 + 700, 700] {
+        list[bad].values = Values::from_f64(list[bad].values.dtype(), [f64::NAN]);
+    }
+    list
+}
+
 /// Value clipping with counts of each row, or of all.
 #[test]
 fn scoped_clamp_and_cpu_path_agree() {
     let Some(runner) = Runner::from_env() else { return };
     let (mut cases, mut expected) = (Vec::new(), Vec::new());
-    for (index, list) in lists_of_rows().into_iter().enumerate() {
+    let mut lists = lists_of_rows();
+    lists.push(many_tiles().into_iter().map(|tensor| (tensor, 1)).collect());
+    // Two rows of so many tiles that a block folds them, one after the other; the first has NaN in two of its tiles.
+    let mut values = vec![0.5; 2 * 257 * 4096];
+    (values[200 * 4096], values[256 * 4096], values[300 * 4096]) = (f64::NAN, f64::NAN, 0.0);
+    lists.push(vec![(Tensor { values: Values::F64(values), offset: 0 }, 2)]);
+    for (index, list) in lists.into_iter().enumerate() {
         let (list, rows): (Vec<Tensor>, Vec<usize>) = list.into_iter().unzip();
         let mut tensors: Vec<_> = list.iter().map(runner_tensor).collect();
         tensors.iter_mut().zip(&rows).for_each(|(tensor, &rows)| tensor.rows = rows as u64);
@@ -349,6 +366,16 @@ fn scoped_clamp_and_cpu_path_agree() {
     }
 }
 
+/// The tensor that has the tile.
+fn tensor_of(case: &Case, tile: u64) -> Option<usize> {
+    let tiles = case.tensors.iter().map(|tensor| tensor.data.len().div_ceil(32 * 1024) as u64);
+    let ends = tiles.scan(0, |end, tiles| {
+        *end += tiles;
+        Some(*end)
+    });
+    ends.into_iter().position(|end| tile < end)
+}
+
 /// The first of several ranks, whose partials are there already.
 struct FirstOf<'a>(&'a [[u8; NormPartial::BYTES]]);
 
@@ -371,25 +398,38 @@ fn kernels_of_shards_and_cpu_path_agree() {
     let mut source = Source::new(13);
     let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01)];
     let (mut cases, mut expected) = (Vec::new(), Vec::new());
-    for (index, list) in lists().into_iter().enumerate() {
+    let one_value = Tensor { values: Values::F32(vec![3.0]), offset: 0 };
+    let special = [many_tiles(), vec![one_value.clone()], vec![one_value]];
+    let num_special = special.len();
+    for (index, list) in special.into_iter().chain(lists()).enumerate() {
         for (variant, norm_type) in orders.into_iter().enumerate() {
             let partial_of = |list: &[Tensor], norm_type| cpu::norm_partial(list, Copies::One, norm_type).unwrap();
-            let mut others: Vec<_> = (0..[0, 1, 5, 2100][(index + variant) % 4])
+            let alone = (1..num_special).contains(&index);
+            let mut others: Vec<_> = (0..if alone { 0 } else { [0, 1, 5, 2100][(index + variant) % 4] })
                 .map(|_| partial_of(&[source.tensor(Dtype::F64, 3, 0)], norm_type).to_bytes())
                 .collect();
+            let of_nan = partial_of(&[Tensor { values: Values::F32(vec![f32::NAN]), offset: 0 }], norm_type).to_bytes();
+            for from_end in [2, 2 + 1024] {
+                match others.len().checked_sub(from_end) {
+                    Some(place) if (index + variant) / 4 % 2 == 0 => others[place] = of_nan, // both of the same thread
+                    _ => {}
+                }
+            }
             if let Some(last) = others.last_mut() {
                 match (index + variant) / 4 % 6 {
                     0 => *last = NormPartial::refused().to_bytes(),
                     1 => *last = partial_of(&list, NormType::P(7.0)).to_bytes(),
                     2 => last.fill(0),
-                    3 => {
-                        *last = partial_of(&[Tensor { values: Values::F32(vec![f32::NAN]), offset: 0 }], norm_type)
-                            .to_bytes()
-                    }
+                    3 => *last = of_nan,
                     _ => {}
                 }
             }
-            let copies: Vec<u32> = (0..list.len()).map(|i| ((i + index) % 4) as u32).collect();
+            // Of a list that is nobody's, a third of one element, and all the others.
+            let copies: Vec<u32> = match index {
+                1 => vec![0],
+                2 => vec![3],
+                _ => (0..list.len()).map(|i| ((i + index) % 4) as u32).collect(),
+            };
             let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
             let clip = ClipNorm::new(1e-3).norm_type(norm_type).nonfinite(policy);
             let mut clipped = list.clone();
@@ -404,7 +444,7 @@ fn kernels_of_shards_and_cpu_path_agree() {
                     nonfinite: ((index + variant) % 3) as u32,
                     others,
                 },
-                table_in_memory: index % 2 == 1,
+                table_in_memory: index % 2 == 0,
                 with_scales: true,
                 blocks: 1 + index as u32 % 3,
                 reversed: (index + variant) % 2 == 1,
@@ -425,11 +465,13 @@ fn kernels_of_shards_and_cpu_path_agree() {
                 assert_eq!(norms, on_cpu, "{what}: norm");
                 let rank = report.first_nonfinite_rank.map_or(u32::MAX, |rank| rank as u32);
                 assert_eq!(got.rank, rank, "{what}: rank");
+                assert_eq!(tensor_of(case, got.first_bad_tile), report.first_nonfinite, "{what}: first bad tensor");
             }
             Err(error) => {
-                let Error::RankFailed { rank, .. } = error else { panic!("{what}: {error}") };
+                let Error::RankFailed { rank, reason } = error else { panic!("{what}: {error}") };
                 assert_eq!((got.rank & 0x3fff_ffff) as usize, *rank, "{what}: rank");
-                assert_eq!((got.found_inf, got.rank >> 30 != 0), (1.0, true), "{what}");
+                let flags = if reason.contains("order") { 1 } else { 2 };
+                assert_eq!((got.found_inf, got.rank >> 30), (1.0, flags), "{what}");
             }
         }
         let got: Vec<_> =
