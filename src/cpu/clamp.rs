@@ -12,36 +12,47 @@ use std::ops::AddAssign;
 pub(crate) struct Counts {
     pub clipped: u64,
     pub nan: u64,
-    pub inf: u64,
+    /// Whether there was a NaN or an Inf.
+    pub nonfinite: bool,
 }
 
 impl std::ops::Add for Counts {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self { clipped: self.clipped + other.clipped, nan: self.nan + other.nan, inf: self.inf + other.inf }
+        Self {
+            clipped: self.clipped + other.clipped,
+            nan: self.nan + other.nan,
+            nonfinite: self.nonfinite | other.nonfinite,
+        }
     }
 }
 
-pub(crate) fn clamp<T: Clamp>(isa: Isa, bounds: &ClampBounds, elements: &mut [T]) -> Counts {
+/// `in_cache` is a guess, which changes the speed and nothing else.
+pub(crate) fn clamp<T: Clamp>(isa: Isa, bounds: &ClampBounds, in_cache: bool, elements: &mut [T]) -> Counts {
     let (lo, hi) = T::bounds(bounds);
-    isa.run(ClampElements { lo, hi, elements })
+    isa.run(ClampElements { lo, hi, in_cache, elements })
 }
 
 /// A dtype with the comparisons of value clipping.
 pub(crate) trait Clamp: FastSum {
     /// Orders as the values do, NaN left out.
     type Key: Copy + PartialOrd;
-    /// As wide as an element, so that counting needs no other registers than comparing. Holds the length of a chunk.
-    type Count: Default + AddAssign + From<bool> + Into<u64>;
+    /// As wide as an element, so that counting needs no other registers than comparing. Holds the length of a block, and
+    /// the bits of a magnitude.
+    type Int: Default + AddAssign + Ord + From<bool> + Into<i64>;
+    /// Whether a NaN's key compares false with all others, so that [`clamped`] keeps it.
+    const KEEPS_NAN: bool;
 
     fn bounds(bounds: &ClampBounds) -> (Self, Self);
     fn key(self) -> Self::Key;
+    fn magnitude(self) -> Self::Int;
 }
 
 impl Clamp for f32 {
     type Key = f32;
-    type Count = u32;
+    type Int = i32;
+    const KEEPS_NAN: bool = true;
 
     fn bounds(bounds: &ClampBounds) -> (Self, Self) {
         (bounds.lo_f32, bounds.hi_f32)
@@ -50,10 +61,15 @@ impl Clamp for f32 {
     fn key(self) -> f32 {
         self
     }
+    #[inline(always)]
+    fn magnitude(self) -> i32 {
+        (self.to_bits() & (u32::MAX >> 1)) as i32
+    }
 }
 impl Clamp for f64 {
     type Key = f64;
-    type Count = u64;
+    type Int = i64;
+    const KEEPS_NAN: bool = true;
 
     fn bounds(bounds: &ClampBounds) -> (Self, Self) {
         (bounds.lo_f64, bounds.hi_f64)
@@ -62,10 +78,15 @@ impl Clamp for f64 {
     fn key(self) -> f64 {
         self
     }
+    #[inline(always)]
+    fn magnitude(self) -> i64 {
+        (self.to_bits() & (u64::MAX >> 1)) as i64
+    }
 }
 impl Clamp for f16 {
     type Key = i16;
-    type Count = u16;
+    type Int = i16;
+    const KEEPS_NAN: bool = false;
 
     fn bounds(bounds: &ClampBounds) -> (Self, Self) {
         (f16_from_f32(bounds.lo_f16), f16_from_f32(bounds.hi_f16))
@@ -74,10 +95,15 @@ impl Clamp for f16 {
     fn key(self) -> i16 {
         key_of_16_bits(self.to_bits())
     }
+    #[inline(always)]
+    fn magnitude(self) -> i16 {
+        (self.to_bits() & (u16::MAX >> 1)) as i16
+    }
 }
 impl Clamp for bf16 {
     type Key = i16;
-    type Count = u16;
+    type Int = i16;
+    const KEEPS_NAN: bool = false;
 
     fn bounds(bounds: &ClampBounds) -> (Self, Self) {
         (bf16_from_f32(bounds.lo_bf16), bf16_from_f32(bounds.hi_bf16))
@@ -85,6 +111,10 @@ impl Clamp for bf16 {
     #[inline(always)]
     fn key(self) -> i16 {
         key_of_16_bits(self.to_bits())
+    }
+    #[inline(always)]
+    fn magnitude(self) -> i16 {
+        (self.to_bits() & (u16::MAX >> 1)) as i16
     }
 }
 
@@ -107,10 +137,26 @@ fn key_of_16_bits(bits: u16) -> i16 {
 const CHUNK_BYTES: usize = 512;
 /// Chunks that the processor is told to fetch before they are read: 8 KiB.
 const CHUNKS_AHEAD: usize = 16;
+/// Where one chunk after the other is written, the look is a read too many. So after a block that had an element outside
+/// for each of its chunks, the next one is clamped straight away, changed or not, if it comes from a cache. With 2 %
+/// outside, f32, Zen 5, ns a KiB of the call (a plain loop that counts nothing, one core):
+///
+/// | list | look, then clamp | straight away |
+/// |---|---|---|
+/// | 512 KiB, one core | 14.1 (7.2) | 10.2 (7.1) |
+/// | 4 MiB, two cores | 18.2 (9.2) | 13.6 (9.3) |
+/// | 16 MiB | 20 (18) | 21 (18) |
+/// | 256 MiB | 34 (39) | 38 (38) |
+///
+/// From memory it lacks the hints to fetch, and all of a block's hints at once did not help (35 to 40 ns).
+const CHUNKS_PER_BLOCK: usize = 8;
+/// A list up to this long is taken for one that lies in a cache: see there.
+pub(crate) const IN_CACHE_BYTES: usize = 8 << 20;
 
 struct ClampElements<'a, T> {
     lo: T,
     hi: T,
+    in_cache: bool,
     elements: &'a mut [T],
 }
 
@@ -119,18 +165,21 @@ impl<T: Clamp> Kernel for ClampElements<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> Counts {
-        let Self { lo, hi, elements: mut rest } = self;
+        let Self { lo, hi, in_cache, elements: mut rest } = self;
         let clamper = Clamper { lo, hi, inside: always_inside(lo, hi) };
         let chunk_numel = CHUNK_BYTES / size_of::<T>();
         let mut counts = Counts::default();
+        let mut dense = false;
+        let block_numel = CHUNKS_PER_BLOCK * chunk_numel;
         // The compiler sees that these have one length.
-        while rest.len() >= chunk_numel {
-            let (chunk, others) = std::mem::take(&mut rest).split_at_mut(chunk_numel);
-            prefetch_chunk(others, (CHUNKS_AHEAD - 1) * chunk_numel);
-            counts = counts + clamper.clamp(chunk);
+        while rest.len() >= block_numel {
+            let (block, others) = std::mem::take(&mut rest).split_at_mut(block_numel);
+            let of_block = if dense { clamper.clamp_block(block) } else { clamper.look_and_clamp(block, others) };
+            dense = in_cache && T::KEEPS_NAN && of_block.clipped >= CHUNKS_PER_BLOCK as u64;
+            counts = counts + of_block;
             rest = others;
         }
-        counts + clamper.clamp(rest)
+        counts + clamper.look_and_clamp(rest, &[])
     }
 }
 
@@ -142,32 +191,56 @@ struct Clamper<T> {
 }
 
 impl<T: Clamp> Clamper<T> {
+    /// A block that may be shorter, by its chunks; meanwhile the processor fetches of what comes behind it.
     #[inline(always)]
-    fn clamp(self, chunk: &mut [T]) -> Counts {
-        let Self { lo, hi, inside } = self;
+    fn look_and_clamp(self, block: &mut [T], behind: &[T]) -> Counts {
+        let chunk_numel = CHUNK_BYTES / size_of::<T>();
         let mut counts = Counts::default();
+        let mut chunks = block.chunks_exact_mut(chunk_numel);
+        for (chunk, ahead) in (&mut chunks).zip(CHUNKS_AHEAD - CHUNKS_PER_BLOCK..) {
+            prefetch_chunk(behind, ahead * chunk_numel);
+            counts = counts + self.look_and_clamp_chunk(chunk);
+        }
+        counts + self.look_and_clamp_chunk(chunks.into_remainder())
+    }
+
+    #[inline(always)]
+    fn look_and_clamp_chunk(self, chunk: &mut [T]) -> Counts {
+        let Self { lo, hi, inside } = self;
         let largest = T::largest_magnitude_bits(chunk);
         if inside.is_some_and(|inside| largest <= inside) {
-            return counts;
-        }
-        if largest >= T::INF_BITS {
-            counts.inf = count_inf(chunk);
+            return Counts::default();
         }
         if largest > T::INF_BITS {
-            counts = counts + clamp_beside_nan(lo, hi, chunk);
-        } else if lo.magnitude_bits() == hi.magnitude_bits()
-            || chunk.iter().fold(false, |any, x| any | is_outside(lo, hi, *x))
-        {
-            counts.clipped = clamp_chunk(lo, hi, chunk);
+            return clamp_beside_nan(lo, hi, chunk);
         }
-        counts
+        let outside = lo.magnitude_bits() == hi.magnitude_bits()
+            || chunk.iter().fold(false, |any, x| any | is_outside(lo, hi, *x));
+        let clipped = if outside { clamp_chunk(lo, hi, chunk) } else { 0 };
+        Counts { clipped, nan: 0, nonfinite: largest == T::INF_BITS }
+    }
+
+    /// Of a type that [keeps NaN](Clamp::KEEPS_NAN).
+    #[inline(always)]
+    fn clamp_block(self, block: &mut [T]) -> Counts {
+        let (mut changed, mut largest) = (T::Int::default(), T::Int::default());
+        for x in block.iter_mut() {
+            let new = clamped(self.lo, self.hi, *x);
+            changed += (new.key() != x.key()).into();
+            largest = largest.max(x.magnitude());
+            *x = new;
+        }
+        let nonfinite = largest.into() as u64 >= T::INF_BITS;
+        // A NaN is still there, but differs from itself.
+        let nan = if nonfinite { count_nan(block) } else { 0 };
+        Counts { clipped: changed.into() as u64 - nan, nan, nonfinite }
     }
 }
 
 #[cold]
 #[inline(never)]
-fn count_inf<T: Clamp>(chunk: &[T]) -> u64 {
-    chunk.iter().filter(|x| x.magnitude_bits() == T::INF_BITS).count() as u64
+fn count_nan<T: Clamp>(elements: &[T]) -> u64 {
+    elements.iter().filter(|x| x.magnitude_bits() > T::INF_BITS).count() as u64
 }
 
 /// The largest magnitude that is inside the bounds with either sign, and finite.
@@ -189,10 +262,11 @@ fn is_outside<T: Clamp>(lo: T, hi: T, x: T) -> bool {
     (x.key() < lo.key()) | (x.key() > hi.key())
 }
 
+/// The second comparison is with what the first has made, which the compiler knows as the instructions max and min.
 #[inline(always)]
 fn clamped<T: Clamp>(lo: T, hi: T, x: T) -> T {
     let raised = if x.key() < lo.key() { lo } else { x };
-    if x.key() > hi.key() {
+    if raised.key() > hi.key() {
         hi
     } else {
         raised
@@ -203,19 +277,19 @@ fn clamped<T: Clamp>(lo: T, hi: T, x: T) -> T {
 /// than asking both bounds again: 16.5 against 18.7 ns a KiB of f32 in L2 (Zen 5, one core).
 #[inline(always)]
 fn clamp_chunk<T: Clamp>(lo: T, hi: T, chunk: &mut [T]) -> u64 {
-    let mut clipped = T::Count::default();
+    let mut clipped = T::Int::default();
     for x in chunk {
         let new = clamped(lo, hi, *x);
         clipped += (new.key() != x.key()).into();
         *x = new;
     }
-    clipped.into()
+    clipped.into() as u64
 }
 
 #[cold]
 #[inline(never)]
 fn clamp_beside_nan<T: Clamp>(lo: T, hi: T, chunk: &mut [T]) -> Counts {
-    let mut counts = Counts::default();
+    let mut counts = Counts { nonfinite: true, ..Counts::default() };
     for x in chunk {
         if x.magnitude_bits() > T::INF_BITS {
             counts.nan += 1;
@@ -225,4 +299,68 @@ fn clamp_beside_nan<T: Clamp>(lo: T, hi: T, chunk: &mut [T]) -> Counts {
         }
     }
     counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In the block that `special` is in.
+    const SPECIALS: [&[usize]; 5] = [&[], &[0], &[1], &[1, 200], &[2, 3, 100, 101]];
+
+    /// Blocks with nothing, one, some or everything outside, one kind after the other, with and without NaN and Inf, ended
+    /// anywhere; bounds on both sides of zero, on one, equal, infinite.
+    #[test]
+    fn the_same_as_one_by_one_on_all_sets() {
+        fn check<T: Clamp>() {
+            let chunk = CHUNK_BYTES / size_of::<T>();
+            let block = CHUNKS_PER_BLOCK * chunk;
+            let infinite = f64::INFINITY;
+            let bounds = [(-0.5, 0.5), (-0.25, 1.5), (0.25, 0.5), (0.5, 0.5), (0.0, 0.0), (-infinite, 0.5)];
+            let lengths = [0, 1, chunk + 1, 2 * block, 3 * block + chunk - 1, 3 * block + chunk, 4 * block + 1];
+            // Of how many elements one is outside, in every other block and in those between.
+            for (one_of, one_of_others) in [(1, 1), (1, 60), (1, block), (3, block), (60, 60), (60, block), (block, 1)]
+            {
+                for special in SPECIALS {
+                    let element = |i: usize| match i / block % 2 {
+                        _ if i >= block && special.contains(&(i - block)) => [f64::NAN, infinite, -infinite][i % 3],
+                        0 if i % one_of == one_of - 1 => [2.0, -3.0, 1e3][i % 3],
+                        1 if i % one_of_others == one_of_others - 1 => [2.0, -3.0, 1e3][i % 3],
+                        _ => [0.3, -0.0, 0.0][i % 3],
+                    };
+                    let elements: Vec<T> = (0..4 * block + 1).map(|i| T::from_wide(element(i))).collect();
+                    for (lo, hi) in bounds.into_iter().chain([(-infinite, infinite)]) {
+                        for numel in lengths {
+                            assert_same(T::from_wide(lo), T::from_wide(hi), &elements[..numel]);
+                        }
+                    }
+                }
+            }
+        }
+        fn assert_same<T: Clamp>(lo: T, hi: T, elements: &[T]) {
+            let (mut expected, mut counts) = (elements.to_vec(), Counts::default());
+            for x in &mut expected {
+                let wide = x.wide();
+                counts.nan += u64::from(wide.is_nan());
+                counts.nonfinite |= !wide.is_finite();
+                if wide < lo.wide() || wide > hi.wide() {
+                    counts.clipped += 1;
+                    *x = if wide < lo.wide() { lo } else { hi };
+                }
+            }
+            let bytes_of = |elements: &[T]| bytemuck::cast_slice::<T, u8>(elements).to_vec();
+            for isa in Isa::available() {
+                for in_cache in [false, true] {
+                    let mut got = elements.to_vec();
+                    let got_counts = isa.run(ClampElements { lo, hi, in_cache, elements: &mut got });
+                    assert_eq!(got_counts, counts, "{isa:?}, {} elements", elements.len());
+                    assert!(bytes_of(&got) == bytes_of(&expected), "{isa:?}, {} elements", elements.len());
+                }
+            }
+        }
+        check::<f32>();
+        check::<f64>();
+        check::<f16>();
+        check::<bf16>();
+    }
 }

@@ -224,7 +224,8 @@ pub fn clip_coef<G: AsGrad>(grads: &[G], clip: impl Into<ClipNorm>) -> Result<No
 ///
 /// NaN stays NaN and is counted; Inf becomes the bound.
 ///
-/// Cost: reads each gradient once, writes only where something changes. All cores.
+/// Cost: reads each gradient once, writes only where something changes: 512 bytes, or 4 KiB where many elements do. All
+/// cores.
 ///
 /// # Errors
 /// A value that is negative or NaN, or bounds with `lo > hi`; gradients that share memory. Nothing is touched then.
@@ -448,7 +449,7 @@ pub(crate) fn value_report(counts: &[Counts], numel: u64) -> ValueReport {
         nan: total.nan,
         numel,
         written: total.clipped > 0,
-        first_nonfinite: counts.iter().position(|counts| counts.nan + counts.inf > 0),
+        first_nonfinite: counts.iter().position(|counts| counts.nonfinite),
     }
 }
 

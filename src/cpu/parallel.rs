@@ -163,7 +163,8 @@ pub(crate) fn scale_any(verdict: &Verdict, grads: &mut [GradMut<'_>]) {
 /// Clamps every gradient; what each of them held.
 pub(crate) fn clamp(bounds: &ClampBounds, grads: &mut [GradMut<'_>]) -> Vec<Counts> {
     let isa = Isa::detect();
-    for_each_task(grads, |task| with_slice!(GradMut, task, slice => clamp::clamp(isa, bounds, slice)))
+    let in_cache = bytes_of(grads) <= clamp::IN_CACHE_BYTES;
+    for_each_task(grads, |task| with_slice!(GradMut, task, slice => clamp::clamp(isa, bounds, in_cache, slice)))
 }
 
 /// Runs `work` over pieces of all gradients, and adds up what it gives for each gradient.

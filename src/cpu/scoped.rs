@@ -89,7 +89,7 @@ pub(crate) fn clamp(plan: &ScopedPlan, bounds: &ClampBounds, grads: Vec<GradMut<
     for ((group, index), counts) in owners.into_iter().zip(parallel::clamp(bounds, &mut rows)) {
         let (total, first_nonfinite) = &mut groups[group];
         *total = *total + counts;
-        *first_nonfinite = first_nonfinite.or((counts.nan + counts.inf > 0).then_some(index));
+        *first_nonfinite = first_nonfinite.or((counts.nonfinite).then_some(index));
     }
     let reports = groups.iter().zip(&plan.groups).map(|(&(counts, first_nonfinite), group)| ValueReport {
         clipped: counts.clipped,
