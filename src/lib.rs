@@ -28,7 +28,7 @@
 //! | `clip_coef` | measures, and gives the factor to an optimizer that multiplies by it; writes nothing |
 //! | `norms_by`, `clip_grad_norm_by`, `clip_coef_by` | where not all gradients share one norm ([`Scope`]): of each tensor, group or row |
 //! | `clip_grad_value_by` | limits each element, and counts for each tensor, group or row |
-//! | `total_norm_sharded`, `clip_grad_norm_sharded` | the same where ranks hold a part of the gradients each ([`NormPartial`]): in [`cpu`] and [`cuda`] |
+//! | `total_norm_sharded`, `clip_grad_norm_sharded`, `clip_coef_sharded` | the same where ranks hold a part of the gradients each ([`NormPartial`]): in [`cpu`] and [`cuda`] |
 //!
 //! | module | gradients in | result |
 //! |---|---|---|

@@ -8,7 +8,10 @@ mod data;
 mod support;
 
 use data::{bits, Source, Tensor, Values, DTYPES};
-use gradclip::{cpu, ClipNorm, ClipValue, Dtype, NonFinite, NormReport, NormType, Scope, TensorStats};
+use gradclip::{
+    cpu, AllGather, ClipNorm, ClipValue, Copies, Dtype, Error, NonFinite, NormPartial, NormReport, NormType,
+};
+use gradclip::{Scope, TensorStats};
 use support::runner::{self, Case, Operation, Runner};
 
 fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
@@ -20,7 +23,7 @@ fn runner_tensor(tensor: &Tensor) -> runner::Tensor {
     };
     let size = dtype.size();
     let data = tensor.values.bits().iter().flat_map(|bits| bits.to_le_bytes()[..size].to_vec()).collect();
-    runner::Tensor { dtype, misalign: (tensor.offset * size % 16) as u32, rows: 1, data }
+    runner::Tensor { dtype, misalign: (tensor.offset * size % 16) as u32, rows: 1, copies: 1, data }
 }
 
 fn bits_of(tensor: &runner::Tensor, bytes: &[u8]) -> Vec<u64> {
@@ -135,10 +138,9 @@ fn kernels_and_cpu_path_agree() {
         let bound = 0.0078125;
         let mut clamped = list.clone();
         let report = cpu::clip_grad_value(&mut clamped, ClipValue::new(bound)).unwrap();
-        let of_f32 = [-bound as f32, bound as f32];
         cases.push(Case {
             tensors,
-            operation: Operation::Clamp { f64: [-bound, bound], f32: of_f32, f16: of_f32, bf16: of_f32 },
+            operation: Operation::ClipValue { lo: -bound as f32, hi: bound as f32 },
             table_in_memory: index % 2 == 0,
             with_scales: false,
             blocks: 2,
@@ -215,7 +217,8 @@ fn kernels_and_cpu_path_agree_out_of_place() {
     }
     for (index, (outcome, case)) in runner.run(&cases).iter().zip(&cases).enumerate() {
         let output_bits = |(i, bytes): (usize, &Vec<u8>)| {
-            bits_of(&runner::Tensor { dtype: case.output(i).unwrap().0, misalign: 0, rows: 0, data: vec![] }, bytes)
+            let dtype = case.output(i).unwrap().0;
+            bits_of(&runner::Tensor { dtype, misalign: 0, rows: 0, copies: 0, data: vec![] }, bytes)
         };
         let outputs: Vec<_> = outcome.outputs.iter().enumerate().map(output_bits).collect();
         assert_eq!(outputs, expected[index], "case {index}: {:?}", case.operation);
@@ -276,7 +279,7 @@ fn scoped_kernels_and_cpu_path_agree() {
             let report = cpu::clip_grad_norm_by(&mut clipped, &scope, clip).unwrap();
             cases.push(Case {
                 tensors: tensors.clone(),
-                operation: Operation::Scoped {
+                operation: Operation::ScopedNorm {
                     max_norm: 2e-2,
                     norm_type,
                     nonfinite: ((index + variant) % 3) as u32,
@@ -300,6 +303,177 @@ fn scoped_kernels_and_cpu_path_agree() {
         assert_eq!(groups, on_cpu, "{what}: norms");
         let stats: Vec<TensorStats> = outcome.stats.iter().map(|&slot| slot.into()).collect();
         assert_eq!(format!("{stats:?}"), format!("{:?}", report.tensors), "{what}: telemetry");
+        let got: Vec<_> =
+            case.tensors.iter().zip(&outcome.tensors).map(|(tensor, bytes)| bits_of(tensor, bytes)).collect();
+        assert_eq!(&got, tensors, "{what}: gradients");
+    }
+}
+
+/// More tiles than twice the threads that fold them, so that a thread has several; in three places a NaN, two of them
+/// the same thread's.
+fn many_tiles() -> Vec<Tensor> {
+    let mut source = Source::new(14);
+    let mut list: Vec<_> = (0..2100).map(|i| source.tensor(DTYPES[i % 4], 1 + i % 3, i % 2)).collect();
+    for bad in [1500, 1024 + 700, 700] {
+        list[bad].values = Values::from_f64(list[bad].values.dtype(), [f64::NAN]);
+    }
+    list
+}
+
+/// Value clipping with counts of each row, or of all.
+#[test]
+fn scoped_clamp_and_cpu_path_agree() {
+    let Some(runner) = Runner::from_env() else { return };
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    let mut lists = lists_of_rows();
+    lists.push(many_tiles().into_iter().map(|tensor| (tensor, 1)).collect());
+    // Two rows of so many tiles that a block folds them, one after the other; the first has NaN in two of its tiles.
+    let mut values = vec![0.5; 2 * 257 * 4096];
+    (values[200 * 4096], values[256 * 4096], values[300 * 4096]) = (f64::NAN, f64::NAN, 0.0);
+    lists.push(vec![(Tensor { values: Values::F64(values), offset: 0 }, 2)]);
+    for (index, list) in lists.into_iter().enumerate() {
+        let (list, rows): (Vec<Tensor>, Vec<usize>) = list.into_iter().unzip();
+        let mut tensors: Vec<_> = list.iter().map(runner_tensor).collect();
+        tensors.iter_mut().zip(&rows).for_each(|(tensor, &rows)| tensor.rows = rows as u64);
+        for one_group in [false, true] {
+            let (lo, hi) = (-0.0078125, 0.015625);
+            let scope = if one_group { Scope::global() } else { Scope::rows(&rows) };
+            let mut clamped = list.clone();
+            let clip = ClipValue::between(lo.into(), hi.into());
+            let report = cpu::clip_grad_value_by(&mut clamped, &scope, clip).unwrap();
+            cases.push(Case {
+                tensors: tensors.clone(),
+                operation: Operation::ScopedValue { lo, hi, one_group },
+                table_in_memory: true,
+                with_scales: false,
+                blocks: 1 + index as u32 % 3,
+                reversed: index % 2 == 1,
+            });
+            expected.push((report, bits(&clamped), format!("list {index}, one group: {one_group}")));
+        }
+    }
+    assert!(expected.iter().any(|(report, ..)| report.groups.iter().any(|group| group.nan > 0)));
+    for ((outcome, case), (report, tensors, what)) in runner.run(&cases).iter().zip(&cases).zip(&expected) {
+        let groups = outcome.groups.iter().map(|group| (group.clipped_elements, group.nan_elements, group.found_inf));
+        let on_cpu = report.groups.iter().map(|group| {
+            let found_inf = f32::from(u8::from(group.first_nonfinite.is_some()));
+            (group.clipped, group.nan, found_inf)
+        });
+        assert_eq!(groups.collect::<Vec<_>>(), on_cpu.collect::<Vec<_>>(), "{what}: counts");
+        let got: Vec<_> =
+            case.tensors.iter().zip(&outcome.tensors).map(|(tensor, bytes)| bits_of(tensor, bytes)).collect();
+        assert_eq!(&got, tensors, "{what}: gradients");
+    }
+}
+
+/// The tensor that has the tile.
+fn tensor_of(case: &Case, tile: u64) -> Option<usize> {
+    let tiles = case.tensors.iter().map(|tensor| tensor.data.len().div_ceil(32 * 1024) as u64);
+    let ends = tiles.scan(0, |end, tiles| {
+        *end += tiles;
+        Some(*end)
+    });
+    ends.into_iter().position(|end| tile < end)
+}
+
+/// The first of several ranks, whose partials are there already.
+struct FirstOf<'a>(&'a [[u8; NormPartial::BYTES]]);
+
+impl AllGather for FirstOf<'_> {
+    type Error = std::convert::Infallible;
+    fn world_size(&self) -> usize {
+        1 + self.0.len()
+    }
+    fn all_gather(&mut self, mine: &[u8], all: &mut [u8]) -> Result<(), Self::Error> {
+        all.copy_from_slice(&[mine, self.0.as_flattened()].concat());
+        Ok(())
+    }
+}
+
+/// Norms over several ranks: none besides this one, more than the block has threads, ranks with a NaN, of another order,
+/// refused, and with bytes that are no partial.
+#[test]
+fn kernels_of_shards_and_cpu_path_agree() {
+    let Some(runner) = Runner::from_env() else { return };
+    let mut source = Source::new(13);
+    let orders = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(1.5), NormType::P(0.01)];
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    let one_value = Tensor { values: Values::F32(vec![3.0]), offset: 0 };
+    let special = [many_tiles(), vec![one_value.clone()], vec![one_value]];
+    let num_special = special.len();
+    for (index, list) in special.into_iter().chain(lists()).enumerate() {
+        for (variant, norm_type) in orders.into_iter().enumerate() {
+            let partial_of = |list: &[Tensor], norm_type| cpu::norm_partial(list, Copies::One, norm_type).unwrap();
+            let alone = (1..num_special).contains(&index);
+            let mut others: Vec<_> = (0..if alone { 0 } else { [0, 1, 5, 2100][(index + variant) % 4] })
+                .map(|_| partial_of(&[source.tensor(Dtype::F64, 3, 0)], norm_type).to_bytes())
+                .collect();
+            let of_nan = partial_of(&[Tensor { values: Values::F32(vec![f32::NAN]), offset: 0 }], norm_type).to_bytes();
+            for from_end in [2, 2 + 1024] {
+                match others.len().checked_sub(from_end) {
+                    Some(place) if (index + variant) / 4 % 2 == 0 => others[place] = of_nan, // both of the same thread
+                    _ => {}
+                }
+            }
+            if let Some(last) = others.last_mut() {
+                match (index + variant) / 4 % 6 {
+                    0 => *last = NormPartial::refused().to_bytes(),
+                    1 => *last = partial_of(&list, NormType::P(7.0)).to_bytes(),
+                    2 => last.fill(0),
+                    3 => *last = of_nan,
+                    _ => {}
+                }
+            }
+            // Of a list that is nobody's, a third of one element, and all the others.
+            let copies: Vec<u32> = match index {
+                1 => vec![0],
+                2 => vec![3],
+                _ => (0..list.len()).map(|i| ((i + index) % 4) as u32).collect(),
+            };
+            let policy = [NonFinite::Skip, NonFinite::Zero, NonFinite::Propagate][(index + variant) % 3];
+            let clip = ClipNorm::new(1e-3).norm_type(norm_type).nonfinite(policy);
+            let mut clipped = list.clone();
+            let report = cpu::clip_grad_norm_sharded(&mut clipped, &copies, clip, &mut FirstOf(&others));
+            let mut tensors: Vec<_> = list.iter().map(runner_tensor).collect();
+            tensors.iter_mut().zip(&copies).for_each(|(tensor, &copies)| tensor.copies = copies);
+            cases.push(Case {
+                tensors,
+                operation: Operation::Sharded {
+                    max_norm: 1e-3,
+                    norm_type,
+                    nonfinite: ((index + variant) % 3) as u32,
+                    others,
+                },
+                table_in_memory: index % 2 == 0,
+                with_scales: true,
+                blocks: 1 + index as u32 % 3,
+                reversed: (index + variant) % 2 == 1,
+            });
+            let mine = cpu::norm_partial(&list, &copies, norm_type).unwrap().to_bytes();
+            expected.push((report, mine, bits(&clipped), format!("list {index}, {norm_type:?}, {policy:?}")));
+        }
+    }
+    let failed = |report: &Result<NormReport, Error>| matches!(report, Err(Error::RankFailed { .. }));
+    assert!(expected.iter().any(|(report, ..)| failed(report)));
+    for ((outcome, case), (report, partial, tensors, what)) in runner.run(&cases).iter().zip(&cases).zip(&expected) {
+        assert_eq!(outcome.partial.as_ref(), Some(partial), "{what}: the partial");
+        let got = outcome.report;
+        match report {
+            Ok(report) => {
+                let norms = [got.total_norm, got.clip_coef, got.multiplier].map(f64::to_bits);
+                let on_cpu = [report.total_norm, report.clip_coef, report.multiplier].map(f64::to_bits);
+                assert_eq!(norms, on_cpu, "{what}: norm");
+                let rank = report.first_nonfinite_rank.map_or(u32::MAX, |rank| rank as u32);
+                assert_eq!(got.rank, rank, "{what}: rank");
+                assert_eq!(tensor_of(case, got.first_bad_tile), report.first_nonfinite, "{what}: first bad tensor");
+            }
+            Err(error) => {
+                let Error::RankFailed { rank, reason } = error else { panic!("{what}: {error}") };
+                assert_eq!((got.rank & 0x3fff_ffff) as usize, *rank, "{what}: rank");
+                let flags = if reason.contains("order") { 1 } else { 2 };
+                assert_eq!((got.found_inf, got.rank >> 30), (1.0, flags), "{what}");
+            }
+        }
         let got: Vec<_> =
             case.tensors.iter().zip(&outcome.tensors).map(|(tensor, bytes)| bits_of(tensor, bytes)).collect();
         assert_eq!(&got, tensors, "{what}: gradients");

@@ -199,9 +199,13 @@ fn what_one_rank_sees_all_decide_by() {
 fn a_rank_that_is_refused_is_an_error_on_all() {
     type Call = fn(&mut [[f32; 2]; 2], &mut world::Rank<'_>) -> gradclip::Result<NormReport>;
     type Expected = fn(&Error) -> bool;
-    let calls: [(Call, Expected); 7] = [
+    let calls: [(Call, Expected); 8] = [
         (
             |grads, rank| cpu::clip_grad_norm_sharded(grads, Copies::One, -1.0, rank),
+            |error| matches!(error, Error::InvalidThreshold { name: "max_norm", .. }),
+        ),
+        (
+            |grads, rank| cpu::clip_coef_sharded(grads, Copies::One, f64::NAN, rank),
             |error| matches!(error, Error::InvalidThreshold { name: "max_norm", .. }),
         ),
         (

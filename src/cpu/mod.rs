@@ -25,7 +25,7 @@ pub use grads::{AsGrad, AsGradMut, Grad, GradMut};
 #[cfg(feature = "candle")]
 pub(crate) use parallel::SERIAL_BYTES;
 pub use running::RunningNorm;
-pub use shards::{clip_grad_norm_sharded, norm_partial, total_norm_sharded};
+pub use shards::{clip_coef_sharded, clip_grad_norm_sharded, norm_partial, total_norm_sharded};
 
 use crate::abi::ClampBounds;
 use crate::clip_coef::{decide, Verdict};

@@ -8,7 +8,7 @@ use super::norm_partials::tile_partials;
 use super::partial::Partial;
 use super::scale;
 use super::scale_into::{scale_into, with_pair, Pair, ScaleInto};
-use super::stats::{self, tile_stats};
+use super::stats::{self, TileStats, Watch};
 use super::summation::FastSum;
 use crate::abi::{ClampBounds, Stats, TILE_BYTES};
 use crate::clip_coef::Verdict;
@@ -38,11 +38,11 @@ pub(crate) fn norm_partials_and_stats(
     grads: &[Grad<'_>],
     num_tiles: usize,
 ) -> (Vec<Partial>, Vec<Stats>) {
-    fn run<T: FastSum>(isa: Isa, norm_type: NormType, slice: &[T], places: &mut [(Partial, Stats)]) {
+    fn run<T: FastSum + Watch>(isa: Isa, norm_type: NormType, slice: &[T], places: &mut [(Partial, Stats)]) {
         for (tile, (partial, stats)) in places.iter_mut().enumerate() {
             let rest = &slice[tile * T::TILE_NUMEL..];
             tile_partials(isa, norm_type, rest, std::slice::from_mut(partial));
-            *stats = tile_stats(&rest[..rest.len().min(T::TILE_NUMEL)]);
+            *stats = isa.run(TileStats(&rest[..rest.len().min(T::TILE_NUMEL)]));
         }
     }
     let isa = Isa::detect();

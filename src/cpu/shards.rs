@@ -42,10 +42,29 @@ pub fn total_norm_sharded<'a, G: AsGrad, E: AllGather>(
     norm_type: NormType,
     ranks: &mut E,
 ) -> Result<NormReport> {
-    let clip = ClipNorm::measure_only(norm_type);
+    clip_coef_sharded(grads, copies, ClipNorm::measure_only(norm_type), ranks)
+}
+
+/// [`clip_coef`](super::clip_coef) by the norm over the gradients of all ranks: what [`clip_grad_norm_sharded`] would
+/// multiply them by, for an optimizer that multiplies its shard itself. Every rank calls it, and gets the same bits.
+///
+/// The factor is [`multiplier`](NormReport::multiplier), and `written` is false; what it is by each policy, see there.
+///
+/// Cost: reads each gradient once, writes nothing; all cores. One collective of 32 bytes a rank.
+///
+/// # Errors
+/// As [`clip_grad_norm_sharded`].
+pub fn clip_coef_sharded<'a, G: AsGrad, E: AllGather>(
+    grads: &[G],
+    copies: impl Into<Copies<'a>>,
+    clip: impl Into<ClipNorm>,
+    ranks: &mut E,
+) -> Result<NormReport> {
+    let clip = clip.into();
     let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad));
     let local = grads.and_then(|grads| local(&grads, copies.into(), &clip));
-    Ok(over_ranks(local, &clip, ranks)?.0)
+    let (report, _) = over_ranks(local, &clip, ranks)?;
+    Ok(NormReport { written: false, ..report })
 }
 
 /// [`clip_grad_norm`](super::clip_grad_norm) by the norm over the gradients of all ranks: each rank has some of them,
@@ -162,8 +181,9 @@ fn weigh(plan: &Plan, copies: &[u32], norm_type: NormType, partials: &mut [Parti
 fn over_ranks<E: AllGather>(local: Result<Local>, clip: &ClipNorm, ranks: &mut E) -> Result<(NormReport, Verdict)> {
     let mine = local.as_ref().map_or(NormPartial::refused(), |local| local.partial).to_bytes();
     let exchanged = gather(&mine, ranks);
-    let local = local?; // rather than what the others make of it
-                        // What is no partial is that of a rank that failed, as for the kernel.
+    // Its own error, rather than what the others make of it.
+    let local = local?;
+    // What is no partial is that of a rank that failed, as for the kernel.
     let partial_of = |bytes| NormPartial::from_bytes(bytes).unwrap_or(NormPartial::refused());
     let partials: Vec<NormPartial> = exchanged?.chunks_exact(NormPartial::BYTES).map(partial_of).collect();
     let total_norm = NormPartial::merge(&partials)?.total_norm()?;

@@ -89,7 +89,27 @@ impl Clipper {
         norm_type: NormType,
         ranks: &E,
     ) -> Result<Pending<NormReport>> {
-        let (copies, clip) = (copies.into(), ClipNorm::measure_only(norm_type));
+        self.clip_coef_sharded(grads, copies, ClipNorm::measure_only(norm_type), ranks)
+    }
+
+    /// [`clip_coef`](Self::clip_coef) by the norm over the gradients of all ranks: what
+    /// [`clip_grad_norm_sharded`](Self::clip_grad_norm_sharded) would multiply them by, left on the device for the
+    /// optimizer of each rank's shard. Every rank calls it.
+    ///
+    /// Cost: reads each gradient once, writes nothing; three launches, one more where `copies` are others than 1, and
+    /// one collective of 32 bytes a rank. No wait (but [`NonFinite::Error`](crate::NonFinite::Error) waits).
+    ///
+    /// # Errors
+    /// As [`clip_grad_norm_sharded`](Self::clip_grad_norm_sharded). After [`Error::RankFailed`] on another rank,
+    /// `found_inf` is 1 here as well.
+    pub fn clip_coef_sharded<'a, G: DeviceGrad, E: DeviceAllGather>(
+        &mut self,
+        grads: &[G],
+        copies: impl Into<Copies<'a>>,
+        clip: impl Into<ClipNorm>,
+        ranks: &E,
+    ) -> Result<Pending<NormReport>> {
+        let (copies, clip) = (copies.into(), clip.into());
         self.home.check()?;
         let _current = CurrentContext::enter(self.stream.context())?;
         let gathered = clip.validate_over_ranks().and_then(|()| self.list.gather(grads, &self.stream));
@@ -97,7 +117,9 @@ impl Clipper {
         let pending = self.over_ranks(gathered, copies, &clip, ranks, Applied::Nowhere);
         // After an error too: a stage that was launched before it may still be running.
         let released = if listed { self.list.release(grads, &self.stream) } else { Ok(()) };
-        pending.and_then(|pending| released.map(|()| pending))
+        let pending = pending?;
+        released?;
+        finish(pending, &clip)
     }
 
     /// [`clip_grad_norm`](Self::clip_grad_norm) by the norm over the gradients of all ranks. What it means, `copies`,

@@ -118,22 +118,32 @@ std::unique_ptr<T[]> filled(size_t count) {
   return values;
 }
 
-// As tests/support/runner.rs writes it.
+// These, and what follows, as tests/support/runner.rs writes them.
+enum Operation : u32 {
+  kClipNorm,      // norm_partials, clip_coef, scale
+  kClipNormInto,  // norm_partials, clip_coef, scale_into
+  kClipWithNorm,  // clip_coef_of_norm, scale_any
+  kClipValue,     // clamp, clamp_counts
+  kScopedNorm,    // scoped_partials or scoped_stats, scoped_coefs, scoped_scale
+  kScopedValue,   // scoped_clamp, scoped_clamp_counts
+  kSharded,       // norm_partials, weigh_partials, fold_partials, clip_coef_of_ranks, scale
+};
+
 struct CaseHeader {
-  u32 operation;  // 0: norm_partials, clip_coef, scale. 1: clamp, clamp_counts. 2: clip_coef_of_norm, scale_any.
-                  // 3: scoped_partials, scoped_coefs, scoped_scale, each row by itself. 4: the same with scoped_stats.
-                  // 5, 6: the same with one group for all. 7: as 0, with scale_into
+  Operation operation;
+  u32 one_group;   // of the scoped ones: for all, else one for each row
+  u32 with_stats;  // of kScopedNorm
+  u32 num_others;  // of kSharded: ranks after this one
   u32 table_in_memory;
   u32 with_scales;
   u32 blocks;
   u32 reversed;
   u32 num_tensors;
+  u32 unused;
   ClipParams clip;
   ClampBounds bounds;
   double total_norm;
 };
-
-constexpr u32 kInto = 7;
 
 class Case {
  public:
@@ -149,7 +159,8 @@ class Case {
       tensors_.emplace_back(new TensorMemory(misalign, numel * kElementBytes[dtype]));
       TensorMemory& tensor = *tensors_.back();
       in.bytes(tensor.data(), tensor.bytes());
-      if (header_.operation == kInto) {
+      if (header_.operation == kSharded) copies_.push_back(in.get<u32>());
+      if (header_.operation == kClipNormInto) {
         const u32 output_dtype = in.get<u32>();
         const u32 output_misalign = in.get<u32>();
         if (output_dtype > kBF16) fail("no such dtype");
@@ -165,6 +176,8 @@ class Case {
       }
     }
     if (one_group()) groups_.push_back({same_threshold(), numel(), 0, num_tiles_});
+    partials_ = filled<NormPartial>(1 + header_.num_others);
+    in.bytes(partials_.get() + 1, header_.num_others * sizeof(NormPartial));
     sums_ = filled<double>(num_tiles_);
     scales_ = filled<double>(num_tiles_);
     counts_ = filled<u64>(num_tiles_);
@@ -183,22 +196,15 @@ class Case {
   void run() {
     const Order order = {header_.reversed != 0, header_.reversed != 0};
     const u32 blocks = header_.blocks;
-    if (header_.operation == 0 || header_.operation == kInto) {
-      static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf",
-                                             "norm_partials_p", "norm_partials_l2"};
+    if (header_.operation == kClipNorm || header_.operation == kClipNormInto) {
+      run_norm_partials(blocks, order);
       const u32 norm_type = header_.clip.norm_type;
-      if (norm_type > kRms) fail("no such norm");
       const bool any_order = norm_type == kP;
-      double* scales = header_.with_scales || any_order ? scales_.get() : nullptr;
-      Arguments partials(kSymbols[norm_type]);
-      partials.add(table()).add(num_tiles_).add(sums_.get()).add(scales);
-      if (any_order) partials.add(header_.clip.p);
-      partials.run(blocks, order);
       Arguments coef(any_order ? "clip_coef_p" : norm_type == kRms ? "clip_coef_rms" : "clip_coef");
-      coef.add(sums_.get()).add(scales).add(num_tiles_);
+      coef.add(sums_.get()).add(scales()).add(num_tiles_);
       if (norm_type == kRms) coef.add(numel());
       coef.add(header_.clip).add(report_.get()).run(1, order);
-      if (header_.operation == 0) {
+      if (header_.operation == kClipNorm) {
         Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
       } else {
         const u32 skip_nonfinite = header_.clip.nonfinite == kSkip;
@@ -206,13 +212,17 @@ class Case {
             .add(table()).add(num_tiles_).add(output_descs_.data()).add(skip_nonfinite).add(report_.get())
             .run(blocks, order);
       }
-    } else if (header_.operation == 2) {
+    } else if (header_.operation == kClipWithNorm) {
       const double* const nowhere = nullptr;
       Arguments("clip_coef_of_norm")
           .add(header_.total_norm).add(nowhere).add(header_.clip).add(report_.get()).run(1, order);
       Arguments("scale_any").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
-    } else if (scoped()) {
-      run_scoped(blocks, order);
+    } else if (header_.operation == kScopedNorm) {
+      run_scoped_norm(blocks, order);
+    } else if (header_.operation == kScopedValue) {
+      run_scoped_value(blocks, order);
+    } else if (header_.operation == kSharded) {
+      run_sharded(blocks, order);
     } else {
       Arguments("clamp").add(table()).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
       Arguments("clamp_counts").add(counts_.get()).add(num_tiles_).add(report_.get()).run(1, order);
@@ -227,6 +237,7 @@ class Case {
     write_bytes(report_.get(), sizeof(ReportSlot));
     for (const auto& tensor : tensors_) write_bytes(tensor->data(), tensor->bytes());
     for (const auto& output : outputs_) write_bytes(output->data(), output->bytes());
+    if (header_.operation == kSharded) write_bytes(partials_.get(), sizeof(NormPartial));
     if (!scoped()) return;
     const u32 counts[] = {static_cast<u32>(groups_.size()), num_stats_};
     write_bytes(counts, sizeof counts);
@@ -235,9 +246,10 @@ class Case {
   }
 
  private:
-  bool scoped() const { return header_.operation >= 3 && header_.operation != kInto; }
-  bool with_stats() const { return header_.operation == 4 || header_.operation == 6; }
-  bool one_group() const { return header_.operation >= 5; }
+  bool scoped() const { return header_.operation == kScopedNorm || header_.operation == kScopedValue; }
+  bool with_stats() const { return header_.with_stats != 0; }
+  bool one_group() const { return header_.one_group != 0; }
+  double* scales() { return header_.with_scales || header_.clip.norm_type == kP ? scales_.get() : nullptr; }
 
   u64 numel() const {
     u64 sum = 0;
@@ -265,7 +277,52 @@ class Case {
     }
   }
 
-  void run_scoped(u32 blocks, Order order) {
+  void run_norm_partials(u32 blocks, Order order) {
+    static const char* const kSymbols[] = {"norm_partials_l1", "norm_partials_l2", "norm_partials_inf",
+                                           "norm_partials_p", "norm_partials_l2"};
+    const u32 norm_type = header_.clip.norm_type;
+    if (norm_type > kRms) fail("no such norm");
+    Arguments partials(kSymbols[norm_type]);
+    partials.add(table()).add(num_tiles_).add(sums_.get()).add(scales());
+    if (norm_type == kP) partials.add(header_.clip.p);
+    partials.run(blocks, order);
+  }
+
+  void run_sharded(u32 blocks, Order order) {
+    const u32 norm_type = header_.clip.norm_type;
+    const bool any_order = norm_type == kP;
+    const std::unique_ptr<u32[]> copies = filled<u32>(copies_.size());
+    std::copy(copies_.begin(), copies_.end(), copies.get());
+    run_norm_partials(blocks, order);
+    if (num_tiles_ > 0) {
+      Arguments("weigh_partials")
+          .add(table()).add(num_tiles_).add(static_cast<const u32*>(copies.get())).add(norm_type).add(sums_.get())
+          .run((num_tiles_ + kTileThreads - 1) / kTileThreads, order);
+    }
+    Arguments(any_order ? "fold_partials_p" : "fold_partials")
+        .add(static_cast<const double*>(sums_.get())).add(static_cast<const double*>(scales())).add(num_tiles_)
+        .add(norm_type).add(header_.clip.p).add(u64{kMeasured}).add(partials_.get()).add(report_.get()).run(1, order);
+    Arguments(any_order ? "clip_coef_of_ranks_p" : "clip_coef_of_ranks")
+        .add(static_cast<const NormPartial*>(partials_.get())).add(1 + header_.num_others).add(header_.clip)
+        .add(report_.get()).run(1, order);
+    Arguments("scale").add(table()).add(num_tiles_).add(report_.get()).run(blocks, order);
+  }
+
+  void run_scoped_value(u32 blocks, Order order) {
+    const ScopedTable table = {scoped_.get(), header_.num_tensors};
+    if (num_tiles_ > 0) {
+      Arguments("scoped_clamp").add(table).add(num_tiles_).add(header_.bounds).add(counts_.get()).run(blocks, order);
+    }
+    const u32 num_groups = static_cast<u32>(groups_.size());
+    const u64 call = 7;
+    Arguments("scoped_clamp_counts")
+        .add(static_cast<const ScopedGroup*>(group_table_.get())).add(num_groups)
+        .add(static_cast<const u64*>(counts_.get())).add(reports_.get()).add(call).add(scoped_header_.get())
+        .run(num_groups / kWarpThreads + 1, order);
+    if (scoped_header_[0].call != call) fail("the header does not name the call");
+  }
+
+  void run_scoped_norm(u32 blocks, Order order) {
     static const char* const kPartials[] = {"scoped_partials_l1", "scoped_partials_l2", "scoped_partials_inf",
                                             "scoped_partials_p", "scoped_partials_l2"};
     static const char* const kStats[] = {"scoped_stats_l1", "scoped_stats_l2", "scoped_stats_inf", "scoped_stats_p",
@@ -273,7 +330,7 @@ class Case {
     if (header_.clip.norm_type > kRms) fail("no such norm");
     const bool any_order = header_.clip.norm_type == kP;
     const ScopedTable table = {scoped_.get(), header_.num_tensors};
-    double* const scales = header_.with_scales || any_order ? scales_.get() : nullptr;
+    double* const scales = this->scales();
     if (num_tiles_ > 0) {
       Arguments partials((with_stats() ? kStats : kPartials)[header_.clip.norm_type]);
       partials.add(table).add(num_tiles_).add(sums_.get()).add(scales);
@@ -314,6 +371,8 @@ class Case {
   std::vector<std::unique_ptr<TensorMemory>> tensors_;
   std::vector<std::unique_ptr<TensorMemory>> outputs_;
   std::vector<OutputDesc> output_descs_;
+  std::vector<u32> copies_;
+  std::unique_ptr<NormPartial[]> partials_;  // of this rank, then of the others
   std::unique_ptr<TensorDesc[]> descs_;
   std::unique_ptr<double[]> sums_;
   std::unique_ptr<double[]> scales_;

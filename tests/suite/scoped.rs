@@ -180,11 +180,15 @@ fn telemetry_counts_what_is_there() {
             let tile = 32 * 1024 / dtype.size();
             for numel in [1, 5, 100, tile / 8, tile + 3, 3 * tile] {
                 let mut values: Vec<f64> = (0..numel).map(|_| source.bell()).collect();
-                for _ in 0..numel / 7 {
-                    let place = source.below(numel);
-                    values[place] = [0.0, -0.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY][source.below(5)];
-                }
-                for offset in 0..2 {
+                let mut sow = |values: &mut [f64], seeds: &[f64]| {
+                    for _ in 0..numel / 7 {
+                        values[source.below(numel)] = seeds[source.below(seeds.len())];
+                    }
+                };
+                sow(&mut values, &[0.0, -0.0]);
+                let finite = values.clone();
+                sow(&mut values, &[f64::NAN, f64::INFINITY, f64::NEG_INFINITY]);
+                for (values, offset) in [(&finite, 0), (&values, 0), (&values, 1)] {
                     let values = Values::from_f64(dtype, values.iter().copied());
                     let rounded = values.values();
                     let list = [source.tensor(Dtype::F32, 9, 0), Tensor { values, offset }];

@@ -56,7 +56,9 @@ impl Case<'_> {
         world::run(self.lists.len(), |mut rank| {
             let mut list = self.lists[rank.rank].clone();
             let copies = &self.copies[rank.rank];
+            let handed = cpu::clip_coef_sharded(&list, copies, self.clip, &mut rank);
             let report = cpu::clip_grad_norm_sharded(&mut list, copies, self.clip, &mut rank);
+            assert_eq!(text(&handed), text(&not_written(&report)), "handed over, on the CPU");
             (report, list)
         })
     }
@@ -77,9 +79,16 @@ impl Case<'_> {
             if let Ok(partial) = cpu::norm_partial(list, copies, norm_type) {
                 assert_eq!(*recording.sent.borrow(), partial.to_bytes(), "the partial of rank {}", recording.rank.rank);
             }
+            let handed = device
+                .with(list, |grads| clipper.clip_coef_sharded(grads, copies, self.clip, &recording))
+                .and_then(|pending| pending.wait());
+            let mut after = list.clone();
+            device.download(&mut after);
+            assert_eq!(bits(&after), bits(list), "clip_coef_sharded writes nothing");
             let report = device
                 .with(list, |grads| clipper.clip_grad_norm_sharded(grads, copies, self.clip, &recording))
                 .and_then(|pending| pending.wait());
+            assert_eq!(text(&handed), text(&not_written(&report)), "handed over");
             if let (Ok(measured), Ok(report)) = (measured, &report) {
                 let scale = self.clip.loss_scale(1.0) != self.clip;
                 assert!(scale || measured.total_norm.to_bits() == report.total_norm.to_bits());
@@ -98,6 +107,13 @@ impl Case<'_> {
             assert_eq!(bits(list), bits(expected_list), "rank {rank}, {what}");
         }
     }
+}
+
+fn not_written(report: &Result<NormReport>) -> Result<NormReport> {
+    report.clone().map(|mut report| {
+        report.written = false;
+        report
+    })
 }
 
 /// With every bit: of errors and of reports.
@@ -195,7 +211,7 @@ fn one_rank_has_the_bits_of_the_plain_call() {
 fn a_rank_that_is_refused_is_an_error_on_all() {
     with_clipper(|clipper| {
         let context = clipper.stream().context().clone();
-        for wrong in ["threshold", "copies", "pointer", "overlap", "order", "mean", "other order"] {
+        for wrong in ["threshold", "coefficient", "copies", "pointer", "overlap", "order", "mean", "other order"] {
             let results = world::run(3, |rank| {
                 let list = [tensor(Dtype::F32, &[3.0, 4.0]), tensor(Dtype::F64, &[12.0])];
                 let stream = context.new_stream().unwrap();
@@ -216,6 +232,7 @@ fn a_rank_that_is_refused_is_an_error_on_all() {
                         _ if rank.rank != 1 => clipper.clip_grad_norm_sharded(grads, Copies::One, clip, &rank),
                         "threshold" => clipper.clip_grad_norm_sharded(grads, Copies::One, -1.0, &rank),
                         "copies" => clipper.clip_grad_norm_sharded(grads, &[1], clip, &rank),
+                        "coefficient" => clipper.clip_coef_sharded(grads, Copies::One, -1.0, &rank),
                         "pointer" => clipper.clip_grad_norm_sharded(&mut [good(), bad], Copies::One, clip, &rank),
                         "mean" => clipper.total_norm_sharded(grads, Copies::One, NormType::Rms, &rank),
                         "overlap" => clipper.clip_grad_norm_sharded(&mut [good(), good()], Copies::One, clip, &rank),
@@ -237,7 +254,7 @@ fn a_rank_that_is_refused_is_an_error_on_all() {
             for (rank, (error, found_inf)) in results.into_iter().enumerate() {
                 if rank == 1 && wrong != "other order" {
                     let own = match wrong {
-                        "threshold" => matches!(error, Error::InvalidThreshold { .. }),
+                        "threshold" | "coefficient" => matches!(error, Error::InvalidThreshold { .. }),
                         "copies" => error == Error::ScopeLength { what: "copies", expected: 2, got: 1 },
                         "pointer" => matches!(error, Error::BadPointer { tensor: 1, .. }),
                         "mean" => error == Error::RmsOverRanks,

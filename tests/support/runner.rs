@@ -10,7 +10,7 @@ use std::{env, fs};
 use anyhow::{ensure, Context, Result};
 use bytemuck::{bytes_of, Zeroable};
 use gradclip::abi::{norm_type, ClampBounds, ClipParams, StatsSlot};
-use gradclip::NormType;
+use gradclip::{NormPartial, NormType};
 
 use super::toolchain::{self, Build};
 
@@ -39,12 +39,14 @@ pub struct Tensor {
     pub dtype: Dtype,
     /// Bytes between a 16-byte border and the first element.
     pub misalign: u32,
-    /// For [`Operation::Scoped`].
+    /// For [`Operation::ScopedNorm`] and [`Operation::ScopedValue`].
     pub rows: u64,
+    /// For [`Operation::Sharded`].
+    pub copies: u32,
     pub data: Vec<u8>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Operation {
     /// norm_partials, clip_coef, scale.
     ClipNorm { max_norm: f64, eps: f64, loss_scale: f64, norm_type: NormType, nonfinite: u32 },
@@ -53,10 +55,15 @@ pub enum Operation {
     ClipNormInto { max_norm: f64, loss_scale: f64, nonfinite: u32, to_f32: bool, misalign: usize },
     /// clip_coef_of_norm, scale_any.
     ClipWithNorm { total_norm: f64, max_norm: f64, loss_scale: f64, nonfinite: u32 },
+    /// clamp, clamp_counts, with bounds that every dtype holds.
+    ClipValue { lo: f32, hi: f32 },
     /// scoped_partials or scoped_stats, scoped_coefs, scoped_scale: of each row, or all in one group.
-    Scoped { max_norm: f64, norm_type: NormType, nonfinite: u32, one_group: bool, stats: bool },
-    /// clamp, clamp_counts. One pair of bounds for each dtype; those of f16 and bf16 as f32.
-    Clamp { f64: [f64; 2], f32: [f32; 2], f16: [f32; 2], bf16: [f32; 2] },
+    ScopedNorm { max_norm: f64, norm_type: NormType, nonfinite: u32, one_group: bool, stats: bool },
+    /// scoped_clamp, scoped_clamp_counts: the same.
+    ScopedValue { lo: f32, hi: f32, one_group: bool },
+    /// norm_partials, weigh_partials, fold_partials, clip_coef_of_ranks, scale: on the first rank, with the partials of
+    /// the others.
+    Sharded { max_norm: f64, norm_type: NormType, nonfinite: u32, others: Vec<[u8; NormPartial::BYTES]> },
 }
 
 pub const STALE: u8 = 0x55;
@@ -87,6 +94,7 @@ pub struct Report {
     pub coef_hi: f32,
     pub coef_lo: f32,
     pub action: u32,
+    pub rank: u32,
 }
 
 const REPORT_BYTES: usize = 72;
@@ -101,7 +109,9 @@ pub struct Outcome {
     pub tensors: Vec<Vec<u8>>,
     /// That of the outputs, if there are any.
     pub outputs: Vec<Vec<u8>>,
-    /// Of [`Operation::Scoped`].
+    /// Of [`Operation::Sharded`].
+    pub partial: Option<[u8; NormPartial::BYTES]>,
+    /// Of the scoped ones.
     pub groups: Vec<Report>,
     pub stats: Vec<StatsSlot>,
 }
@@ -216,19 +226,27 @@ impl Drop for CaseFile {
 impl Case {
     /// As `CaseHeader` in tests/double/runner.cpp, then the tensors.
     fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
+        let others = self.others();
+        let [operation, one_group, with_stats] = match self.operation {
+            Operation::ClipNorm { .. } => [0, 0, 0],
+            Operation::ClipNormInto { .. } => [1, 0, 0],
+            Operation::ClipWithNorm { .. } => [2, 0, 0],
+            Operation::ClipValue { .. } => [3, 0, 0],
+            Operation::ScopedNorm { one_group, stats, .. } => [4, one_group.into(), stats.into()],
+            Operation::ScopedValue { one_group, .. } => [5, one_group.into(), 0],
+            Operation::Sharded { .. } => [6, 0, 0],
+        };
         let header = [
-            match self.operation {
-                Operation::ClipNorm { .. } => 0,
-                Operation::Clamp { .. } => 1,
-                Operation::ClipWithNorm { .. } => 2,
-                Operation::Scoped { one_group, stats, .. } => 3 + 2 * u32::from(one_group) + u32::from(stats),
-                Operation::ClipNormInto { .. } => 7,
-            },
+            operation,
+            one_group,
+            with_stats,
+            u32::try_from(others.len())?,
             self.table_in_memory.into(),
             self.with_scales.into(),
             self.blocks,
             self.reversed.into(),
             u32::try_from(self.tensors.len())?,
+            0,
         ];
         out.extend(header.iter().flat_map(|word| word.to_le_bytes()));
         let (mut clip, mut bounds, mut total_norm) = (ClipParams::zeroed(), ClampBounds::zeroed(), 0f64);
@@ -245,13 +263,15 @@ impl Case {
                 let norm_type = norm_type::L2;
                 clip = ClipParams { max_norm, loss_scale, norm_type, nonfinite, ..ClipParams::zeroed() };
             }
-            Operation::Scoped { max_norm, norm_type, nonfinite, .. } => {
+            Operation::ScopedNorm { max_norm, norm_type, nonfinite, .. }
+            | Operation::Sharded { max_norm, norm_type, nonfinite, .. } => {
                 let (p, norm_type) = (norm_type.order(), tag_of(norm_type));
                 clip = ClipParams { max_norm, p, loss_scale: 1.0, norm_type, nonfinite, ..ClipParams::zeroed() };
             }
-            Operation::Clamp { f64, f32, f16, bf16 } => {
-                ([bounds.lo_f64, bounds.hi_f64], [bounds.lo_f32, bounds.hi_f32]) = (f64, f32);
-                ([bounds.lo_f16, bounds.hi_f16], [bounds.lo_bf16, bounds.hi_bf16]) = (f16, bf16);
+            Operation::ClipValue { lo, hi } | Operation::ScopedValue { lo, hi, .. } => {
+                [bounds.lo_f64, bounds.hi_f64] = [lo.into(), hi.into()];
+                ([bounds.lo_f32, bounds.hi_f32], [bounds.lo_f16, bounds.hi_f16]) = ([lo, hi], [lo, hi]);
+                [bounds.lo_bf16, bounds.hi_bf16] = [lo, hi];
             }
         }
         out.extend(bytes_of(&clip));
@@ -265,12 +285,23 @@ impl Case {
             out.extend(tensor.rows.to_le_bytes());
             out.extend(numel.to_le_bytes());
             out.extend(&tensor.data);
+            if let Operation::Sharded { .. } = self.operation {
+                out.extend(tensor.copies.to_le_bytes());
+            }
             if let Some((dtype, misalign)) = self.output(index) {
                 out.extend((dtype as u32).to_le_bytes());
                 out.extend(misalign.to_le_bytes());
             }
         }
+        out.extend(others.iter().flatten());
         Ok(())
+    }
+
+    fn others(&self) -> &[[u8; NormPartial::BYTES]] {
+        match &self.operation {
+            Operation::Sharded { others, .. } => others,
+            _ => &[],
+        }
     }
 
     /// Type of an output, and the bytes between a 16-byte border and its first element.
@@ -325,6 +356,7 @@ impl Bytes<'_> {
             coef_hi: slot.word(f32::from_le_bytes)?,
             coef_lo: slot.word(f32::from_le_bytes)?,
             action: slot.word(u32::from_le_bytes)?,
+            rank: slot.word(u32::from_le_bytes)?,
         })
     }
 
@@ -347,10 +379,14 @@ impl Bytes<'_> {
                     Ok(self.take(tensor.data.len() / tensor.dtype.size() * dtype.size())?.to_vec())
                 })
                 .collect::<Result<_>>()?,
+            partial: None,
             groups: Vec::new(),
             stats: Vec::new(),
         };
-        if let Operation::Scoped { .. } = case.operation {
+        if let Operation::Sharded { .. } = case.operation {
+            outcome.partial = Some(self.take(NormPartial::BYTES)?.try_into()?);
+        }
+        if let Operation::ScopedNorm { .. } | Operation::ScopedValue { .. } = case.operation {
             let (groups, stats) = (self.word(u32::from_le_bytes)?, self.word(u32::from_le_bytes)?);
             outcome.groups = (0..groups).map(|_| self.report()).collect::<Result<_>>()?;
             let slot = |bytes: [u8; size_of::<StatsSlot>()]| bytemuck::pod_read_unaligned(&bytes);
