@@ -15,7 +15,7 @@ use gradclip::{
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use support::tolerance;
 use tch::nn::{self, ConvConfig, Module, OptimizerConfig};
-use tch::{no_grad, Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CPU: Device = Device::Cpu;
 const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16];
@@ -777,6 +777,7 @@ mod gpu {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     use std::io::Write;
     use std::sync::OnceLock;
+    use tch::no_grad;
 
     /// The first GPU, if libtorch has one.
     fn device() -> Option<Device> {

@@ -91,8 +91,8 @@ impl<R: Report> Deferred<R> {
 }
 
 /// The report of a call with a [`Scope`](crate::Scope), on tensors that may be in host memory or on a GPU: a
-/// [`Deferred`] with more than one norm, or with a [`ValueReport`](crate::ValueReport) for each group. Its lists have an
-/// entry for each variable.
+/// [`Deferred`] with more than one norm, or with a [`ValueReport`](crate::ValueReport) for each group. Its lists have
+/// an entry for each variable.
 ///
 /// ```
 /// # #[cfg(feature = "candle")] {

@@ -197,8 +197,8 @@ fn scopes_on_cuda_tensors() {
     });
 }
 
-/// The factors of groups by their addresses, and the counts of a value clip: as of CPU tensors, for every dtype, a variable
-/// without gradient, a shared one, an empty one.
+/// The factors of groups by their addresses, and the counts of a value clip: as of CPU tensors, for every dtype, a
+/// variable without gradient, a shared one, an empty one.
 #[test]
 fn factors_and_counts_of_scopes_on_cuda_tensors() {
     with_device(|device| {

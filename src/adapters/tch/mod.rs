@@ -51,7 +51,7 @@
 //! | per call | launches | copies | waits | allocations |
 //! |---|---|---|---|---|
 //! | CPU tensors | | | | host only |
-//! | CUDA tensors, `clip_grad_norm`, `clip_grad_norm_by` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | host only, once a list of that size has been seen |
+//! | CUDA tensors, `clip_grad_norm`, `clip_grad_norm_by` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call; with a scope of its tables, if list or scope are not those of the last such call | 0 | host only, once a list of that size has been seen |
 //! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; where nothing is written 1 | of that gradient | 0 | 1, libtorch's |
 //! | [`Deferred::wait`] | 0 | 72 bytes | 1 | 0 |
 //! | [`DeferredScoped::wait`](crate::DeferredScoped::wait) | 0 | 64 bytes, 72 for each group, with telemetry 40 for each tensor | 1 | host only |
@@ -313,12 +313,13 @@ pub fn clip_grad_norm_by<T: Borrow<Tensor>>(
 }
 
 /// What [`clip_grad_norm_by`] would multiply each group by, for an optimizer that multiplies the gradients itself; see
-/// [`cpu::clip_coef_by`](crate::cpu::clip_coef_by). Nothing is written. The lists of the scope and of the report are as for
-/// [`clip_grad_norm_by`], and each group's factor is its [`multiplier`](NormReport::multiplier). A parameter that shares the
-/// gradient of one before it has the factor of an empty tensor in the report: the one to use is that of the other.
+/// [`cpu::clip_coef_by`](crate::cpu::clip_coef_by). Nothing is written. The lists of the scope and of the report are
+/// as for [`clip_grad_norm_by`], and each group's factor is its [`multiplier`](NormReport::multiplier). A parameter
+/// that shares the gradient of one before it has the factor of an empty tensor in the report: the one to use is that
+/// of the other.
 ///
-/// Of CUDA tensors the factors stay on the device: [`DeferredScoped::pending`](crate::DeferredScoped) has their addresses,
-/// until the next scoped call of this thread on the same stream, and only while this thread's clipper
+/// Of CUDA tensors the factors stay on the device: [`DeferredScoped::pending`](crate::DeferredScoped) has their
+/// addresses, until the next scoped call of this thread on the same stream, and only while this thread's clipper
 /// ([`cuda::release_thread_clippers`]) or the result is kept.
 ///
 /// Cost: reads each gradient once, writes nothing; of CUDA tensors two launches for any number of groups, no wait.
@@ -360,10 +361,10 @@ pub fn clip_coef_by<T: Borrow<Tensor>>(
     }
 }
 
-/// Limits each element of the gradients of `params`, and counts for each group of a [`Scope`] how many were outside the
-/// bounds; see [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by). Elements become what [`clip_grad_value`] makes
-/// of them: NaN is kept and counted, an Inf becomes a bound. The lists of the scope and of the report are as for
-/// [`clip_grad_norm_by`]; a parameter without a gradient has no elements.
+/// Limits each element of the gradients of `params`, and counts for each group of a [`Scope`] how many were outside
+/// the bounds; see [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by). Elements become what
+/// [`clip_grad_value`] makes of them: NaN is kept and counted, an Inf becomes a bound. The lists of the scope and of
+/// the report are as for [`clip_grad_norm_by`]; a parameter without a gradient has no elements.
 ///
 /// Cost: that of [`clip_grad_value`]; of CUDA tensors two launches for any number of groups, no wait.
 ///
