@@ -4,7 +4,7 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Storage, Tensor, Var};
-use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, ValueReport};
+use gradclip::{cpu, ClipNorm, ClipValue, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, ValueReport};
 
 fn total_norm(vars: &[Var], grads: &GradStore, norm_type: NormType) -> Result<NormReport, Error> {
     gradclip::candle::total_norm(vars, grads, norm_type)?.wait()
@@ -29,6 +29,28 @@ fn clip_grad_norm_by(
     clip: impl Into<ClipNorm>,
 ) -> Result<ScopedReport, Error> {
     gradclip::candle::clip_grad_norm_by(vars, grads, scope, clip)?.wait()
+}
+
+fn clip_coef_by(
+    vars: &[Var],
+    grads: &GradStore,
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<ScopedReport, Error> {
+    gradclip::candle::clip_coef_by(vars, grads, scope, clip)?.wait()
+}
+
+fn clip_grad_value_by(
+    vars: &[Var],
+    grads: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: impl Into<ClipValue>,
+) -> Result<ScopedReport<ValueReport>, Error> {
+    gradclip::candle::clip_grad_value_by(vars, grads, scope, clip)?.wait()
+}
+
+fn multipliers(report: &ScopedReport) -> Vec<f64> {
+    report.groups.iter().map(|group| group.multiplier).collect()
 }
 
 fn norms(report: &ScopedReport) -> Vec<f64> {
@@ -416,6 +438,133 @@ fn rows_by_the_shapes_of_the_gradients() {
     assert!(norms(&clipped).iter().all(|norm| (norm - 0.5).abs() < 1e-6), "{clipped:?}");
 }
 
+/// Of each tensor, group and row, with and without a gradient: what slices have, and the store is what it was.
+#[test]
+fn the_factor_of_each_group_alone() {
+    let vars = [var(&[0.0]), var(&[0.0; 3]), var(&[0.0]), var(&[0.0])];
+    let with = [vars[0].clone(), vars[2].clone(), vars[3].clone()];
+    let transposed = Tensor::new(&[[30.0f32, 0.0], [40.0, 1.0]], &Device::Cpu).unwrap().t().unwrap();
+    let grads = store(&with, &[tensor(&[3.0, 4.0]), tensor(&[f32::NAN, 0.0]), transposed]);
+    let slices: [&[f32]; 4] = [&[3.0, 4.0], &[], &[f32::NAN, 0.0], &[30.0, 40.0, 0.0, 1.0]];
+    let places = |grads: &GradStore| [&vars[0], &vars[2], &vars[3]].map(|var| storage_address(grads.get(var).unwrap()));
+    let (before, max_norms) = (places(&grads), [Some(2.5), None, Some(3.0)]);
+    let clip = ClipNorm::new(2.5).loss_scale(2.0);
+    for clip in [ClipNorm::new(2.5), clip, clip.nonfinite(NonFinite::Zero), clip.nonfinite(NonFinite::Propagate)] {
+        for (scope, explicit) in [
+            (Scope::per_tensor().telemetry(), None),
+            (Scope::groups(&[0, 1, 0, 2]).max_norms(&max_norms), None),
+            (Scope::global(), None),
+            (Scope::leading_dimension(), Some(Scope::rows(&[2, 3, 2, 2]))),
+        ] {
+            let expected = cpu::clip_coef_by(&slices, &explicit.unwrap_or(scope), clip).unwrap();
+            let report = clip_coef_by(&vars, &grads, &scope, clip).unwrap();
+            assert_eq!(format!("{report:?}"), format!("{expected:?}"));
+            assert_eq!(report.num_written(), 0);
+        }
+    }
+    assert_eq!((places(&grads), values(&grads, &vars[0])), (before, vec![3.0, 4.0]));
+    assert_eq!(values(&grads, &vars[3]), [30.0, 40.0, 0.0, 1.0]);
+    let report = clip_coef_by(&vars, &grads, &Scope::per_tensor(), 2.5).unwrap();
+    assert_eq!(multipliers(&report)[..3], [0.5, 1.0, 1.0]);
+    assert_eq!(report.groups[2].first_nonfinite, Some(2));
+
+    let error = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+    let error = clip_coef_by(&vars, &grads, &Scope::per_tensor(), error).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
+    let error = clip_coef_by(&vars, &grads, &Scope::per_tensor(), -1.0).unwrap_err();
+    assert!(matches!(error, Error::InvalidThreshold { .. }), "{error}");
+    let wrong = Error::UnevenRows { tensor: 3, numel: 4, rows: 3 };
+    assert_eq!(clip_coef_by(&vars, &grads, &Scope::rows(&[1, 7, 1, 3]), 1.0).unwrap_err(), wrong);
+    assert_eq!(clip_coef_by(&[], &grads, &Scope::per_tensor(), 1.0).unwrap().groups, []);
+    // A gradient of two variables counts as that of the first.
+    let shared = tensor(&[3.0, 4.0]);
+    let grads = store(&vars[1..], &[shared.clone(), shared.clone()]);
+    assert_eq!(multipliers(&clip_coef_by(&vars, &grads, &Scope::per_tensor(), 2.5).unwrap()), [1.0, 0.5, 1.0, 1.0]);
+}
+
+#[test]
+fn value_clips_count_for_each_group() {
+    let vars = [var(&[0.0]), var(&[0.0; 3]), var(&[0.0]), var(&[0.0])];
+    let with = [vars[0].clone(), vars[2].clone(), vars[3].clone()];
+    let view = Tensor::new(&[[9.0f32, 0.5], [9.0, -3.0]], &Device::Cpu).unwrap().narrow(1, 1, 1).unwrap();
+    let make = || store(&with, &[tensor(&[0.25, 4.0]), tensor(&[f32::NAN, f32::NEG_INFINITY, 0.0]), view.clone()]);
+    let slices: [&[f32]; 4] = [&[0.25, 4.0], &[], &[f32::NAN, f32::NEG_INFINITY, 0.0], &[0.5, -3.0]];
+    for (scope, explicit) in [
+        (Scope::per_tensor(), None),
+        (Scope::groups(&[1, 0, 1, 0]), None),
+        (Scope::global(), None),
+        (Scope::leading_dimension(), Some(Scope::rows(&[2, 3, 3, 2]))),
+    ] {
+        for clip in [ClipValue::new(1.0), ClipValue::between(-5.0, 0.5), ClipValue::new(f64::INFINITY)] {
+            let (mut grads, mut on_slices) = (make(), slices.map(<[f32]>::to_vec));
+            let expected = cpu::clip_grad_value_by(&mut on_slices, &explicit.unwrap_or(scope), clip).unwrap();
+            assert_eq!(clip_grad_value_by(&vars, &mut grads, &scope, clip).unwrap(), expected, "{scope:?} {clip:?}");
+            for index in [0, 2, 3] {
+                let expected: Vec<f64> = on_slices[index].iter().copied().map(f64::from).collect();
+                assert_eq!(format!("{:?}", values(&grads, &vars[index])), format!("{expected:?}"), "{scope:?}");
+            }
+            let kept = storage_address(grads.get(&vars[3]).unwrap()) == storage_address(&view);
+            assert_eq!(kept, expected.num_written() == 0, "a copy of the view only where something was written");
+        }
+    }
+    let mut grads = make();
+    let report = clip_grad_value_by(&vars, &mut grads, &Scope::per_tensor(), 1.0).unwrap();
+    let counts: Vec<_> = report.groups.iter().map(|group| (group.clipped, group.nan, group.numel)).collect();
+    assert_eq!(counts, [(1, 0, 2), (0, 0, 0), (1, 1, 3), (1, 0, 2)]);
+    assert_eq!((report.groups[2].first_nonfinite, report.groups[3].clipped_fraction()), (Some(2), 0.5));
+    assert_eq!(view.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.5, -3.0], "the tensor behind the view");
+
+    let mut grads = make();
+    let max_norms = [None; 4];
+    for (scope, expected) in [
+        (Scope::per_tensor().telemetry(), Error::ScopeForNorms { option: "telemetry" }),
+        (Scope::per_tensor().max_norms(&max_norms), Error::ScopeForNorms { option: "max_norms" }),
+        (Scope::groups(&[0, 1, 0]), Error::ScopeLength { what: "groups", expected: 4, got: 3 }),
+        (Scope::rows(&[1, 7, 2, 2]), Error::UnevenRows { tensor: 2, numel: 3, rows: 2 }),
+    ] {
+        assert_eq!(clip_grad_value_by(&vars, &mut grads, &scope, 1.0).unwrap_err(), expected);
+    }
+    let error = clip_grad_value_by(&vars, &mut grads, &Scope::per_tensor(), f64::NAN).unwrap_err();
+    assert!(matches!(error, Error::InvalidThreshold { .. }), "{error}");
+    grads.insert(&vars[1], Tensor::zeros(3, DType::U8, &Device::Cpu).unwrap());
+    let refused = Error::UnsupportedDtype { tensor: 1, got: "u8".into() };
+    assert_eq!(clip_grad_value_by(&vars, &mut grads, &Scope::per_tensor(), 1.0).unwrap_err(), refused);
+    let whole = tensor(&[3.0, 4.0]);
+    let mut overlapping = store(&vars[1..], &[whole.clone(), whole.narrow(0, 1, 1).unwrap()]);
+    let overlap = Error::Overlap { first: 1, second: 2 };
+    assert_eq!(clip_grad_value_by(&vars, &mut overlapping, &Scope::per_tensor(), 1.0).unwrap_err(), overlap);
+    assert_eq!((values(&grads, &vars[0]), whole.to_vec1::<f32>().unwrap()), (vec![0.25, 4.0], vec![3.0, 4.0]));
+    // A gradient of two variables counts as that of the first.
+    let mut grads = store(&vars[1..], &[whole.clone(), whole.clone()]);
+    let report = clip_grad_value_by(&vars, &mut grads, &Scope::per_tensor(), 1.0).unwrap();
+    assert_eq!(report.groups.iter().map(|group| group.clipped).collect::<Vec<_>>(), [0, 2, 0, 0]);
+    assert_eq!(clip_grad_value_by(&[], &mut grads, &Scope::per_tensor(), 1.0).unwrap().groups, []);
+}
+
+/// More than one thread takes, of every dtype.
+#[test]
+fn large_gradients_by_row_as_on_slices() {
+    let noise: Vec<f32> = (0..600_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 * 1e-7 - 0.8).collect();
+    let vars = [var(&[0.0]), var(&[0.0])];
+    let of = |dtype| Tensor::new(&noise[..], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+    for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+        let make = || store(&vars, &[of(dtype).reshape((300, 2000)).unwrap(), tensor(&[0.1])]);
+        let (scope, mut grads) = (Scope::leading_dimension(), make());
+        let mut rounded = values(&grads, &vars[0]);
+        let outside = |row: &[f64]| row.iter().filter(|x| x.abs() > 0.5).count() as u64;
+        let expected: Vec<u64> = rounded.chunks(2000).map(outside).chain([0]).collect();
+        let coefs = clip_coef_by(&vars, &grads, &scope, 20.0).unwrap();
+        let report = clip_grad_value_by(&vars, &mut grads, &scope, 0.5).unwrap();
+        assert_eq!(report.groups.iter().map(|row| row.clipped).collect::<Vec<_>>(), expected, "{dtype:?}");
+        rounded.iter_mut().for_each(|x| *x = x.clamp(-0.5, 0.5));
+        assert_eq!(values(&grads, &vars[0]), rounded, "{dtype:?}");
+        let mut grads = make();
+        let clipped = clip_grad_norm_by(&vars, &mut grads, &scope, 20.0).unwrap();
+        assert_eq!((multipliers(&coefs), norms(&coefs)), (multipliers(&clipped), norms(&clipped)), "{dtype:?}");
+        assert!(clipped.num_written() > 0);
+    }
+}
+
 /// Jobs that write the same gradients, in the pool in which many small ones are measured under their locks.
 #[test]
 fn writing_small_gradients_in_the_pool_that_measures_them() {
@@ -427,13 +576,13 @@ fn writing_small_gradients_in_the_pool_that_measures_them() {
         let grads = store(&vars, &parts);
         let write = || {
             let mut one = store(&vars[..1], &parts[..1]);
-            clip_grad_value(&vars[..1], &mut one, 2.0).unwrap();
+            clip_grad_value_by(&vars[..1], &mut one, &Scope::per_tensor(), 2.0).unwrap();
         };
         pool.install(|| {
             for _ in 0..300 {
                 let measure = || {
                     total_norm(&vars, &grads, NormType::L2).unwrap();
-                    norms_by(&vars, &grads, &Scope::leading_dimension()).unwrap();
+                    clip_coef_by(&vars, &grads, &Scope::leading_dimension(), 1.0).unwrap();
                 };
                 rayon::join(measure, || rayon::scope(|scope| (0..50).for_each(|_| scope.spawn(|_| write()))));
             }

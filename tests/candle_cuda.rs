@@ -22,8 +22,8 @@ mod backend {
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_suite::{store, tensor, var};
-use gradclip::candle::{clip_grad_norm, clip_grad_value, total_norm};
-use gradclip::{Error, NormType};
+use gradclip::candle::{clip_coef_by, clip_grad_norm, clip_grad_value, clip_grad_value_by, total_norm};
+use gradclip::{Error, NormType, Scope};
 use support::double;
 
 /// After the first step: three launches and nothing else, for any number of variables, by what the driver saw.
@@ -46,6 +46,16 @@ fn a_step_costs_what_the_documentation_says() {
             let _ = total_norm(&vars, &grads, NormType::L2).unwrap();
             assert_eq!((double.counters().launches, double.counters().syncs), (3 + 2 + 2, 0), "{count}");
             assert!(clipped.wait().unwrap().written);
+            let scope = Scope::per_tensor();
+            for step in 0..2 {
+                let _ = clip_coef_by(&vars, &grads, &scope, 1.0).unwrap();
+                let _ = clip_grad_value_by(&vars, &mut grads, &scope, 1.0).unwrap();
+                if step == 0 {
+                    double.reset_counters();
+                }
+            }
+            let counted = double.counters();
+            assert_eq!((counted.launches, counted.syncs, counted.allocs, counted.htod_calls), (4, 0, 0, 0), "{count}");
         }
         gradclip::cuda::release_thread_clippers();
     }

@@ -9,11 +9,13 @@ mod support {
     pub mod tolerance;
 }
 
-use gradclip::{ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, ValueReport};
+use gradclip::{
+    cpu, ClipNorm, ClipValue, Dtype, Error, NonFinite, NormReport, NormType, Scope, ScopedReport, ValueReport,
+};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use support::tolerance;
 use tch::nn::{self, ConvConfig, Module, OptimizerConfig};
-use tch::{no_grad, Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CPU: Device = Device::Cpu;
 const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16];
@@ -561,6 +563,18 @@ fn norms_by(params: &[Tensor], scope: &Scope<'_>) -> Result<ScopedReport, Error>
     gradclip::tch::norms_by(params, scope, NormType::L2)?.wait()
 }
 
+fn clip_coef_by(params: &[Tensor], scope: &Scope<'_>, clip: impl Into<ClipNorm>) -> Result<ScopedReport, Error> {
+    gradclip::tch::clip_coef_by(params, scope, clip)?.wait()
+}
+
+fn clip_grad_value_by(
+    params: &[Tensor],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipValue>,
+) -> Result<ScopedReport<ValueReport>, Error> {
+    gradclip::tch::clip_grad_value_by(params, scope, clip)?.wait()
+}
+
 fn norms(report: &ScopedReport) -> Vec<f64> {
     report.groups.iter().map(|group| group.total_norm).collect()
 }
@@ -649,6 +663,113 @@ fn rows_are_those_of_the_shape() {
     assert_eq!((rows, norms(&report)), (vec![0, 5, 1, 2], vec![0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0]));
 }
 
+/// A parameter of each sort: contiguous, without gradient, with NaN, of another kind and transposed, with gaps.
+fn mixed() -> Vec<Tensor> {
+    let transposed =
+        Tensor::from_slice2(&[[30.0f32, 0.0, -0.5], [40.0, 1.0, 0.25]]).to_kind(Kind::Half).transpose(0, 1);
+    let gaps = Tensor::from_slice2(&[[6.0f32, 9.0], [8.0, 9.0]]).narrow(1, 0, 1);
+    vec![
+        param(&tensor(&[3.0, 4.0])),
+        without_gradient(),
+        param(&tensor(&[f32::NAN, f32::NEG_INFINITY, 0.5])),
+        param(&transposed),
+        param(&gaps),
+    ]
+}
+
+/// Those there are.
+fn mixed_grads(params: &[Tensor]) -> Vec<Vec<f64>> {
+    [0, 2, 3, 4].iter().map(|&index: &usize| grad(&params[index])).collect()
+}
+
+/// Each gradient of [`mixed`] in the order of its shape, as slices.
+const BY_SHAPE: [&[f32]; 5] =
+    [&[3.0, 4.0], &[], &[f32::NAN, f32::NEG_INFINITY, 0.5], &[30.0, 40.0, 0.0, 1.0, -0.5, 0.25], &[6.0, 8.0]];
+
+#[test]
+fn the_factor_of_each_group_alone() {
+    let (params, max_norms) = (mixed(), [Some(2.5), None, Some(3.0)]);
+    let before = mixed_grads(&params);
+    let clip = ClipNorm::new(2.5).loss_scale(2.0);
+    let rows_without = without_gradient().size().first().map_or(1, |&rows| rows as usize);
+    let rows = [2, rows_without, 3, 3, 2];
+    for clip in [ClipNorm::new(2.5), clip, clip.nonfinite(NonFinite::Zero), clip.nonfinite(NonFinite::Propagate)] {
+        for (scope, explicit) in [
+            (Scope::groups(&[0, 1, 0, 2, 0]).max_norms(&max_norms), None),
+            (Scope::leading_dimension(), Some(Scope::rows(&rows))),
+            (Scope::rows(&rows), None),
+        ] {
+            // f32 slices stand for the half: its values are exact in both.
+            let expected = cpu::clip_coef_by(&BY_SHAPE, &explicit.unwrap_or(scope), clip).unwrap();
+            let report = clip_coef_by(&params, &scope, clip).unwrap();
+            assert_eq!(format!("{report:?}"), format!("{expected:?}"));
+        }
+    }
+    let report = clip_coef_by(&params, &Scope::per_tensor().telemetry(), 2.5).unwrap();
+    let multipliers: Vec<f64> = report.groups.iter().map(|group| group.multiplier).collect();
+    assert_eq!((multipliers[..3].to_vec(), multipliers[4]), (vec![0.5, 1.0, 1.0], 0.25));
+    assert_eq!((report.groups[2].first_nonfinite, report.num_written()), (Some(2), 0));
+
+    let error = clip_coef_by(&params, &Scope::per_tensor(), ClipNorm::new(1.0).nonfinite(NonFinite::Error));
+    assert!(matches!(error, Err(Error::NonFinite { tensor: Some(2), .. })), "{error:?}");
+    let error = clip_coef_by(&params, &Scope::per_tensor(), -1.0);
+    assert!(matches!(error, Err(Error::InvalidThreshold { .. })), "{error:?}");
+    let wrong = Error::UnevenRows { tensor: 3, numel: 6, rows: 4 };
+    assert_eq!(clip_coef_by(&params, &Scope::rows(&[1, 1, 1, 4, 1]), 1.0).unwrap_err(), wrong);
+    assert!(same(&mixed_grads(&params), &before));
+    // A gradient of two parameters counts as that of the first.
+    let shared = tensor(&[3.0, 4.0]);
+    let report = clip_coef_by(&[param(&shared), param(&shared)], &Scope::per_tensor(), 2.5).unwrap();
+    assert_eq!((report.groups[0].multiplier, report.groups[1].multiplier), (0.5, 1.0));
+}
+
+#[test]
+fn value_clips_count_for_each_group() {
+    let rows_without = without_gradient().size().first().map_or(1, |&rows| rows as usize);
+    let rows = [2, rows_without, 3, 3, 2];
+    for (scope, explicit) in [
+        (Scope::per_tensor(), None),
+        (Scope::groups(&[1, 0, 1, 0, 0]), None),
+        (Scope::global(), None),
+        (Scope::leading_dimension(), Some(Scope::rows(&rows))),
+        (Scope::rows(&rows), None),
+    ] {
+        for clip in [ClipValue::new(1.0), ClipValue::between(-5.0, 0.5), ClipValue::new(f64::INFINITY)] {
+            let (params, mut on_slices) = (mixed(), BY_SHAPE.map(<[f32]>::to_vec));
+            let addresses: Vec<_> = [0, 2, 3, 4].iter().map(|&index: &usize| params[index].grad().data_ptr()).collect();
+            let expected = cpu::clip_grad_value_by(&mut on_slices, &explicit.unwrap_or(scope), clip).unwrap();
+            assert_eq!(clip_grad_value_by(&params, &scope, clip).unwrap(), expected, "{scope:?} {clip:?}");
+            for index in [0, 2, 3, 4] {
+                let expected: Vec<f64> = on_slices[index].iter().copied().map(f64::from).collect();
+                assert_eq!(format!("{:?}", grad(&params[index])), format!("{expected:?}"), "{scope:?} {clip:?}");
+            }
+            let after: Vec<_> = [0, 2, 3, 4].iter().map(|&index: &usize| params[index].grad().data_ptr()).collect();
+            assert_eq!(after, addresses, "in place");
+        }
+    }
+    let params = mixed();
+    let before = mixed_grads(&params);
+    let max_norms = [None; 5];
+    for (scope, expected) in [
+        (Scope::per_tensor().telemetry(), Error::ScopeForNorms { option: "telemetry" }),
+        (Scope::per_tensor().max_norms(&max_norms), Error::ScopeForNorms { option: "max_norms" }),
+        (Scope::groups(&[0, 1, 0]), Error::ScopeLength { what: "groups", expected: 5, got: 3 }),
+        (Scope::rows(&[1, 7, 2, 2, 2]), Error::UnevenRows { tensor: 2, numel: 3, rows: 2 }),
+    ] {
+        assert_eq!(clip_grad_value_by(&params, &scope, 1.0).unwrap_err(), expected);
+    }
+    let error = clip_grad_value_by(&params, &Scope::per_tensor(), f64::NAN);
+    assert!(matches!(error, Err(Error::InvalidThreshold { .. })), "{error:?}");
+    assert!(same(&mixed_grads(&params), &before));
+    let shared = tensor(&[3.0, 4.0]);
+    let overlapping = [param(&shared), param(&shared.narrow(0, 1, 1))];
+    let overlap = Error::Overlap { first: 0, second: 1 };
+    assert_eq!(clip_grad_value_by(&overlapping, &Scope::per_tensor(), 1.0).unwrap_err(), overlap);
+    assert_eq!(values(&shared), [3.0, 4.0]);
+    let report = clip_grad_value_by(&[param(&shared), param(&shared)], &Scope::per_tensor(), 1.0).unwrap();
+    assert_eq!((report.groups[0].clipped, report.groups[1].numel), (2, 0));
+}
+
 /// On a GPU: what the adapter adds to the CUDA back end, which has tests of its own.
 #[cfg(all(feature = "cuda", unix))]
 mod gpu {
@@ -656,6 +777,7 @@ mod gpu {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     use std::io::Write;
     use std::sync::OnceLock;
+    use tch::no_grad;
 
     /// The first GPU, if libtorch has one.
     fn device() -> Option<Device> {
@@ -764,6 +886,13 @@ mod gpu {
             assert_eq!(norms_by(&theirs, &scope).unwrap(), norms_by(&ours, &scope).unwrap());
             let expected = clip_grad_norm_by(&ours, &scope, 2.0).unwrap();
             assert_eq!(clip_grad_norm_by(&theirs, &scope, 2.0).unwrap(), expected);
+            assert_same(&theirs[..3], &ours[..3]);
+            assert_eq!(clip_coef_by(&theirs, &scope, 1.0).unwrap(), clip_coef_by(&ours, &scope, 1.0).unwrap());
+            let handed = gradclip::tch::clip_coef_by(&theirs, &scope, 1.0).unwrap();
+            assert!(handed.pending().unwrap().multiplier_f32_address(0).is_some());
+            let scope = if scope == Scope::groups(&[0, 1, 1, 0]) { scope } else { Scope::leading_dimension() };
+            let expected = clip_grad_value_by(&ours, &scope, 0.01).unwrap();
+            assert_eq!(clip_grad_value_by(&theirs, &scope, 0.01).unwrap(), expected);
             assert_same(&theirs[..3], &ours[..3]);
         }
     }

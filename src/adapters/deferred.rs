@@ -91,7 +91,8 @@ impl<R: Report> Deferred<R> {
 }
 
 /// The report of a call with a [`Scope`](crate::Scope), on tensors that may be in host memory or on a GPU: a
-/// [`Deferred`] with more than one norm. Its lists have an entry for each variable.
+/// [`Deferred`] with more than one norm, or with a [`ValueReport`](crate::ValueReport) for each group. Its lists have
+/// an entry for each variable.
 ///
 /// ```
 /// # #[cfg(feature = "candle")] {
@@ -107,23 +108,23 @@ impl<R: Report> Deferred<R> {
 /// ```
 #[derive(Clone, Debug)]
 #[must_use = "the report says what was found; `let _ =` it where that is of no interest"]
-pub struct DeferredScoped(ScopedPlace);
+pub struct DeferredScoped<R = NormReport>(ScopedPlace<R>);
 
 #[derive(Clone, Debug)]
-enum ScopedPlace {
-    Host(ScopedReport),
+enum ScopedPlace<R> {
+    Host(ScopedReport<R>),
     #[cfg(feature = "cuda")]
-    Device(PendingScoped),
+    Device(PendingScoped<R>),
 }
 
-impl DeferredScoped {
-    pub(crate) fn on_host(report: ScopedReport) -> Self {
+impl<R: Report> DeferredScoped<R> {
+    pub(crate) fn on_host(report: ScopedReport<R>) -> Self {
         Self(ScopedPlace::Host(report))
     }
 
     #[cfg(feature = "cuda")]
     #[allow(dead_code)] // without an adapter that has CUDA tensors
-    pub(crate) fn on_device(pending: PendingScoped) -> Self {
+    pub(crate) fn on_device(pending: PendingScoped<R>) -> Self {
         Self(ScopedPlace::Device(pending))
     }
 
@@ -134,7 +135,7 @@ impl DeferredScoped {
     ///
     #[cfg_attr(feature = "cuda", doc = "[`cuda::PendingScoped::wait`]: crate::cuda::PendingScoped::wait")]
     #[cfg_attr(not(feature = "cuda"), doc = "[`cuda::PendingScoped::wait`]: crate#features")]
-    pub fn wait(&self) -> Result<ScopedReport> {
+    pub fn wait(&self) -> Result<ScopedReport<R>> {
         match &self.0 {
             ScopedPlace::Host(report) => Ok(report.clone()),
             #[cfg(feature = "cuda")]
@@ -142,10 +143,11 @@ impl DeferredScoped {
         }
     }
 
-    /// Of CUDA tensors, the report on the device.
+    /// Of CUDA tensors, the report on the device. Its addresses are for kernels that go on without a wait, and group
+    /// `index` there is group `index` of the report.
     #[cfg(feature = "cuda")]
     #[must_use]
-    pub fn pending(&self) -> Option<&PendingScoped> {
+    pub fn pending(&self) -> Option<&PendingScoped<R>> {
         match &self.0 {
             ScopedPlace::Host(_) => None,
             ScopedPlace::Device(pending) => Some(pending),

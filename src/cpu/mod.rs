@@ -36,7 +36,6 @@ use crate::outputs::{check_pairs, in_outputs, refuse_shared};
 use crate::plan::{Plan, TensorRef};
 use crate::report::{NormReport, ValueReport};
 use crate::scope::{Scope, ScopedReport};
-use crate::scoped_plan::ScopedPlan;
 use crate::total_norm::TotalNorm;
 use crate::value_bounds;
 use scale_into::Pair;
@@ -323,9 +322,7 @@ pub fn clip_grad_norm_by<G: AsGradMut>(
 /// ```
 pub fn clip_coef_by<G: AsGrad>(grads: &[G], scope: &Scope<'_>, clip: impl Into<ClipNorm>) -> Result<ScopedReport> {
     let grads = collect(grads.len(), grads.iter().map(AsGrad::as_grad))?;
-    let mut report = scoped::measure(&grads, scope, &clip.into())?.report;
-    report.groups.iter_mut().for_each(|group| group.written = false);
-    Ok(report)
+    Ok(scoped::measure(&grads, scope, &clip.into())?.into_coefs())
 }
 
 /// [`clip_grad_value`] with a report for each group of a [`Scope`]: what part of each tensor, named group or row was outside
@@ -354,9 +351,10 @@ pub fn clip_grad_value_by<G: AsGradMut>(
     let clip = clip.into();
     clip.validate()?;
     scope.refuse_norms()?;
-    let plan = ScopedPlan::new(&check(&collect(grads.len(), grads.iter().map(AsGrad::as_grad))?)?, scope)?;
-    let bounds = value_bounds::in_each_dtype(&clip);
-    Ok(scoped::clamp(&plan, &bounds, collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?))
+    let mut clamp = scoped::Clamp::new(&collect(grads.len(), grads.iter().map(AsGrad::as_grad))?, scope, &clip)?;
+    let writable = collect(grads.len(), grads.iter_mut().map(AsGradMut::as_grad_mut))?;
+    clamp.apply_to(writable.into_iter().enumerate());
+    Ok(clamp.into_report())
 }
 
 /// A list of gradients of no size can be longer than any memory.

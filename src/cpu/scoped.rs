@@ -11,16 +11,26 @@ use crate::clip_coef::Verdict;
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::fp_env::DefaultFpEnv;
-use crate::options::ClipNorm;
+use crate::options::{ClipNorm, ClipValue};
 use crate::report::ValueReport;
 use crate::scope::{Scope, ScopedReport, TensorStats};
 use crate::scoped_plan::ScopedPlan;
+use crate::value_bounds;
 
 /// What a scoped call found: its report, and what is to be done with each group.
 pub(crate) struct Measured {
     pub report: ScopedReport,
     plan: ScopedPlan,
     verdicts: Vec<Verdict>,
+}
+
+impl Measured {
+    /// The report of a call that only hands out the factors.
+    pub(crate) fn into_coefs(self) -> ScopedReport {
+        let mut report = self.report;
+        report.groups.iter_mut().for_each(|group| group.written = false);
+        report
+    }
 }
 
 /// Stages 1 and 2.
@@ -74,31 +84,50 @@ pub(crate) fn apply_to<'a>(measured: &Measured, grads: impl Iterator<Item = (usi
 }
 
 /// Value clipping, with counts of each group.
-pub(crate) fn clamp(plan: &ScopedPlan, bounds: &ClampBounds, grads: Vec<GradMut<'_>>) -> ScopedReport<ValueReport> {
-    let (mut rows, mut owners) = (Vec::new(), Vec::new());
-    for (index, grad) in grads.into_iter().enumerate() {
-        let of_rows = plan.groups_of[index].clone();
-        let numel = with_slice!(GradMut, &grad, slice => slice.len());
-        let row_numel = numel.checked_div(of_rows.len()).unwrap_or(0);
-        if row_numel > 0 {
-            grad.cut(row_numel, &mut rows);
-            owners.extend(of_rows.map(|group| (group, index)));
+pub(crate) struct Clamp {
+    plan: ScopedPlan,
+    bounds: ClampBounds,
+    /// Of each group, with the first tensor that held a NaN or an Inf.
+    groups: Vec<(Counts, Option<usize>)>,
+}
+
+impl Clamp {
+    pub(crate) fn new(grads: &[Grad<'_>], scope: &Scope<'_>, clip: &ClipValue) -> Result<Self> {
+        let plan = ScopedPlan::new(&check(grads)?, scope)?;
+        let groups = vec![Default::default(); plan.groups.len()];
+        Ok(Self { plan, bounds: value_bounds::in_each_dtype(clip), groups })
+    }
+
+    /// Clamps some of the tensors: each with its index in the list, in the order of the list.
+    pub(crate) fn apply_to<'a>(&mut self, grads: impl Iterator<Item = (usize, GradMut<'a>)>) {
+        let (mut rows, mut owners) = (Vec::new(), Vec::new());
+        for (index, grad) in grads {
+            let of_rows = self.plan.groups_of[index].clone();
+            let numel = with_slice!(GradMut, &grad, slice => slice.len());
+            let row_numel = numel.checked_div(of_rows.len()).unwrap_or(0);
+            if row_numel > 0 {
+                grad.cut(row_numel, &mut rows);
+                owners.extend(of_rows.map(|group| (group, index)));
+            }
+        }
+        for ((group, index), counts) in owners.into_iter().zip(parallel::clamp(&self.bounds, &mut rows)) {
+            let (total, first_nonfinite) = &mut self.groups[group];
+            *total = *total + counts;
+            *first_nonfinite = first_nonfinite.or(counts.nonfinite.then_some(index));
         }
     }
-    let mut groups: Vec<(Counts, Option<usize>)> = vec![Default::default(); plan.groups.len()];
-    for ((group, index), counts) in owners.into_iter().zip(parallel::clamp(bounds, &mut rows)) {
-        let (total, first_nonfinite) = &mut groups[group];
-        *total = *total + counts;
-        *first_nonfinite = first_nonfinite.or((counts.nonfinite).then_some(index));
+
+    pub(crate) fn into_report(self) -> ScopedReport<ValueReport> {
+        let reports =
+            self.groups.iter().zip(&self.plan.groups).map(|(&(counts, first_nonfinite), group)| ValueReport {
+                clipped: counts.clipped,
+                nan: counts.nan,
+                numel: group.numel,
+                written: counts.clipped > 0,
+                first_nonfinite,
+            });
+        ScopedReport::new(reports.collect(), Vec::new(), self.plan.groups_of)
     }
-    let reports = groups.iter().zip(&plan.groups).map(|(&(counts, first_nonfinite), group)| ValueReport {
-        clipped: counts.clipped,
-        nan: counts.nan,
-        numel: group.numel,
-        written: counts.clipped > 0,
-        first_nonfinite,
-    });
-    ScopedReport::new(reports.collect(), Vec::new(), plan.groups_of.clone())
 }
 
 /// The options with the group's own threshold, if it has one.

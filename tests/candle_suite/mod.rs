@@ -5,9 +5,10 @@ use crate::backend::with_device;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use gradclip::candle::{
-    clip_coef, clip_grad_norm, clip_grad_norm_by, clip_grad_value, clip_with_norm, norms_by, total_norm,
+    clip_coef, clip_coef_by, clip_grad_norm, clip_grad_norm_by, clip_grad_value, clip_grad_value_by, clip_with_norm,
+    norms_by, total_norm,
 };
-use gradclip::{ClipNorm, Error, NonFinite, NormType, Scope};
+use gradclip::{ClipNorm, ClipValue, Error, NonFinite, NormType, Scope};
 
 pub fn var() -> Var {
     Var::new(&[0.0f32], &Device::Cpu).unwrap()
@@ -193,5 +194,81 @@ fn scopes_on_cuda_tensors() {
         let error = clip_grad_norm_by(&vars, &mut grads, &Scope::per_tensor(), clip).unwrap_err();
         assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
         assert_eq!(values(&grads, &vars[4])[0], 30.0);
+    });
+}
+
+/// The factors of groups by their addresses, and the counts of a value clip: as of CPU tensors, for every dtype, a
+/// variable without gradient, a shared one, an empty one.
+#[test]
+fn factors_and_counts_of_scopes_on_cuda_tensors() {
+    with_device(|device| {
+        let vars = [var(), var(), var(), var(), var(), var()];
+        let with = [vars[0].clone(), vars[2].clone(), vars[3].clone(), vars[4].clone(), vars[5].clone()];
+        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+            let make = |device: &Device| {
+                let matrix = tensor(&[3.0, 4.0, 0.25, 0.5], dtype, device).reshape((2, 2)).unwrap();
+                let bad = tensor(&[f32::NAN, f32::INFINITY, 1.0], DType::F32, device);
+                let empty = tensor(&[1.0], dtype, device).narrow(0, 1, 0).unwrap();
+                let long: Vec<f32> = (0..40_000).map(|i| (i % 97) as f32 * 0.03 - 1.0).collect();
+                store(&with, &[matrix.clone(), bad, empty, tensor(&long, dtype, device), matrix])
+            };
+            for (scope, value) in [
+                (Scope::per_tensor(), true),
+                (Scope::groups(&[0, 1, 0, 2, 2, 1]), true),
+                (Scope::leading_dimension(), true),
+                (Scope::rows(&[4, 9, 1, 0, 50, 1]), true),
+                (Scope::per_tensor().telemetry(), false),
+            ] {
+                let (mut on_cpu, mut on_cuda) = (make(&Device::Cpu), make(device));
+                let clip = ClipNorm::new(0.7).loss_scale(4.0);
+                let expected = clip_coef_by(&vars, &on_cpu, &scope, clip).unwrap().wait().unwrap();
+                let handed = clip_coef_by(&vars, &on_cuda, &scope, clip).unwrap();
+                let pending = handed.pending().unwrap();
+                let groups = expected.groups.len();
+                assert!(
+                    pending.multiplier_f32_address(0).is_some() && pending.multiplier_address(groups - 1).is_some()
+                );
+                assert_eq!(pending.multiplier_address(groups), None);
+                assert_eq!(format!("{:?}", handed.wait().unwrap()), format!("{expected:?}"), "{scope:?} {dtype:?}");
+                assert_eq!(expected.num_written(), 0);
+                assert_eq!(values(&on_cuda, &vars[0]), [3.0, 4.0, 0.25, 0.5]);
+                if !value {
+                    continue;
+                }
+                for clip in [ClipValue::new(100.0), ClipValue::between(-0.5, 0.375)] {
+                    let expected = clip_grad_value_by(&vars, &mut on_cpu, &scope, clip).unwrap();
+                    let clamped = clip_grad_value_by(&vars, &mut on_cuda, &scope, clip).unwrap();
+                    assert!(clamped.pending().is_some() && expected.pending().is_none());
+                    assert_eq!(clamped.wait().unwrap(), expected.wait().unwrap(), "{scope:?} {dtype:?}");
+                    for var in &with {
+                        let (cuda, cpu) = (values(&on_cuda, var), values(&on_cpu, var));
+                        assert_eq!(format!("{cuda:?}"), format!("{cpu:?}"), "{scope:?} {dtype:?}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn refused_scopes_leave_cuda_tensors_alone() {
+    with_device(|device| {
+        let vars = [var(), var(), var()];
+        let on_cuda = tensor(&[30.0, f32::NAN], DType::F32, device);
+        let with = [vars[0].clone(), vars[2].clone()];
+        let mut grads = store(&with, &[tensor(&[30.0], DType::F32, device), on_cuda]);
+        let wrong = Error::UnevenRows { tensor: 2, numel: 2, rows: 3 };
+        let scope = Scope::rows(&[1, 1, 3]);
+        assert_eq!(clip_coef_by(&vars, &grads, &scope, 1.0).unwrap_err(), wrong);
+        assert_eq!(clip_grad_value_by(&vars, &mut grads, &scope, 1.0).unwrap_err(), wrong);
+        let telemetry = Scope::per_tensor().telemetry();
+        let wrong = Error::ScopeForNorms { option: "telemetry" };
+        assert_eq!(clip_grad_value_by(&vars, &mut grads, &telemetry, 1.0).unwrap_err(), wrong);
+        assert!(clip_grad_value_by(&vars, &mut grads, &Scope::global(), -1.0).is_err());
+        assert!(clip_coef_by(&vars, &grads, &Scope::global(), -1.0).is_err());
+        let clip = ClipNorm::new(1.0).nonfinite(NonFinite::Error);
+        let error = clip_coef_by(&vars, &grads, &Scope::per_tensor(), clip).unwrap_err();
+        assert!(matches!(error, Error::NonFinite { tensor: Some(2), .. }), "{error}");
+        assert_eq!(values(&grads, &vars[0]), [30.0]);
     });
 }

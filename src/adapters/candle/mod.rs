@@ -31,6 +31,9 @@
 //!
 //! Two variables that share one gradient count once in the norm; PyTorch, which has a gradient for each, counts two.
 //!
+//! Not here: running norms ([`cpu::RunningNorm`](crate::cpu::RunningNorm)), as candle gives all gradients at once, when
+//! `backward` returns. Norms over several ranks and clipping out of place are in [`cpu`](crate::cpu) and `cuda`.
+//!
 //! # CUDA tensors (feature `candle-cuda`)
 //!
 //! Everything is enqueued on the stream of the tensors' `CudaDevice`, in the calling thread, and nothing waits: the
@@ -41,9 +44,10 @@
 //! | per call | launches | copies | waits | allocations |
 //! |---|---|---|---|---|
 //! | CPU tensors | | | | host only |
-//! | CUDA tensors, `clip_grad_norm` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | 0 once a list of that size has been seen |
+//! | CUDA tensors, `clip_grad_norm`, `clip_grad_norm_by` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call; with a scope of its tables, if list or scope are not those of the last such call | 0 | 0 once a list of that size has been seen |
 //! | each gradient that is not contiguous | 1 more, candle's | of that gradient | 0 | 1, candle's |
 //! | [`Deferred::wait`] | 0 | 72 bytes | 1 | 0 |
+//! | [`DeferredScoped::wait`](crate::DeferredScoped::wait) | 0 | 64 bytes, 72 for each group, with telemetry 40 for each tensor | 1 | host only |
 //!
 //! [`Deferred::wait`]: crate::Deferred::wait
 #![cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
@@ -258,6 +262,102 @@ pub fn clip_grad_norm_by(
         Home::Cpu => on_cpu::clip_grad_norm_by(&list, &rows, vars, grads, &scope, &clip),
         #[cfg(feature = "candle-cuda")]
         Home::Cuda(stream) => on_cuda::clip_grad_norm_by(&list, &stream, vars, grads, &scope, clip),
+    }
+}
+
+/// What [`clip_grad_norm_by`] would multiply each group by, for an optimizer that multiplies the gradients itself; see
+/// [`cpu::clip_coef_by`](crate::cpu::clip_coef_by). Nothing is written. The lists of the scope and of the report are
+/// as for [`clip_grad_norm_by`], and each group's factor is its [`multiplier`](NormReport::multiplier). A variable
+/// that shares the gradient of one before it has the factor of an empty tensor in the report: the one to use is that
+/// of the other.
+///
+/// Of CUDA tensors the factors stay on the device: [`DeferredScoped::pending`](crate::DeferredScoped) has their
+/// addresses, until the next scoped call of this thread on the same stream, and only while this thread's clipper
+/// ([`cuda::release_thread_clippers`]) or the result is kept.
+///
+/// Cost: reads each gradient once, writes nothing; of CUDA tensors two launches for any number of groups, no wait.
+///
+/// # Errors
+/// As [`clip_grad_norm_by`].
+///
+/// ```
+/// # use candle_core::{Device, Var};
+/// # use gradclip::Scope;
+/// # fn main() -> candle_core::Result<()> {
+/// let vars = [Var::new(&[3.0f32, 4.0], &Device::Cpu)?, Var::new(&[0.5f32], &Device::Cpu)?];
+/// let loss = ((vars[0].as_tensor().sqr()?.sum_all()? + vars[1].as_tensor().sqr()?.sum_all()?)? * 0.5)?;
+/// let grads = loss.backward()?;
+/// let report = gradclip::candle::clip_coef_by(&vars, &grads, &Scope::per_tensor(), 2.5)?.wait()?;
+/// for (var, group) in vars.iter().zip(&report.groups) {
+///     let step = (grads.get(var).unwrap() * (0.5 * group.multiplier))?;
+///     var.set(&(var.as_tensor() - step)?)?;
+/// }
+/// assert_eq!((vars[0].to_vec1::<f32>()?, vars[1].to_vec1::<f32>()?), (vec![2.25, 3.0], vec![0.25]));
+/// # Ok(())
+/// # }
+/// ```
+///
+#[cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
+#[cfg_attr(not(feature = "cuda"), doc = "[`cuda::release_thread_clippers`]: crate#features")]
+pub fn clip_coef_by(
+    vars: &[Var],
+    grads: &GradStore,
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<DeferredScoped> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(vars, grads)?;
+    let rows = leading_dimensions(vars, grads);
+    let scope = scope.with_leading_dimensions(&rows);
+    match list.home() {
+        Home::Cpu => on_cpu::clip_coef_by(&list, &rows, &scope, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_coef_by(&list, &stream, vars.len(), &scope, clip),
+    }
+}
+
+/// Limits each element of the gradients of `vars`, and counts for each group of a [`Scope`] how many were outside the
+/// bounds; see [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by). Elements become what [`clip_grad_value`]
+/// makes of them: NaN is kept and counted, an Inf becomes a bound. The lists of the scope and of the report are as for
+/// [`clip_grad_norm_by`]; a variable without a gradient has no elements.
+///
+/// Cost: that of [`clip_grad_value`]; of CUDA tensors two launches for any number of groups, no wait.
+///
+/// # Errors
+/// As [`clip_grad_value`], and a scope that does not fit the variables; [`Error::ScopeForNorms`] for one with
+/// [`max_norms`](Scope::max_norms) or [`telemetry`](Scope::telemetry). No value has changed then.
+///
+/// ```
+/// # use candle_core::{Device, Var};
+/// # use gradclip::Scope;
+/// # fn main() -> candle_core::Result<()> {
+/// let vars = [Var::new(&[0.25f32, -4.0], &Device::Cpu)?, Var::new(&[0.5f32], &Device::Cpu)?];
+/// let loss = ((vars[0].as_tensor().sqr()?.sum_all()? + vars[1].as_tensor().sqr()?.sum_all()?)? * 0.5)?;
+/// let mut grads = loss.backward()?;
+/// let report = gradclip::candle::clip_grad_value_by(&vars, &mut grads, &Scope::per_tensor(), 0.5)?.wait()?;
+/// let fractions: Vec<f64> = report.groups.iter().map(|tensor| tensor.clipped_fraction()).collect();
+/// assert_eq!(fractions, [0.5, 0.0]);
+/// assert_eq!(grads.get(&vars[0]).unwrap().to_vec1::<f32>()?, [0.25, -0.5]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_grad_value_by(
+    vars: &[Var],
+    grads: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: impl Into<ClipValue>,
+) -> Result<DeferredScoped<ValueReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    scope.refuse_norms()?;
+    let list = GradList::gather(vars, grads)?;
+    let rows = leading_dimensions(vars, grads);
+    let scope = scope.with_leading_dimensions(&rows);
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_value_by(&list, &rows, vars, grads, &scope, &clip),
+        #[cfg(feature = "candle-cuda")]
+        Home::Cuda(stream) => on_cuda::clip_grad_value_by(&list, &stream, vars, grads, &scope, clip),
     }
 }
 

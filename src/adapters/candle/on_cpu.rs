@@ -106,14 +106,50 @@ pub(super) fn clip_grad_norm_by(
     Ok(DeferredScoped::on_host(measured.report))
 }
 
-/// In the list that is measured every variable has a place, so that all indices are those of variables.
+pub(super) fn clip_coef_by(
+    list: &GradList,
+    rows: &[usize],
+    scope: &Scope<'_>,
+    clip: &ClipNorm,
+) -> Result<DeferredScoped> {
+    let measured = measure_by(list, rows, scope, clip)?;
+    Ok(DeferredScoped::on_host(measured.into_coefs()))
+}
+
+pub(super) fn clip_grad_value_by(
+    list: &GradList,
+    rows: &[usize],
+    vars: &[Var],
+    store: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: &ClipValue,
+) -> Result<DeferredScoped<ValueReport>> {
+    let clamp = with_all_variables(list, rows, scope, |all| scoped::Clamp::new(all, scope, clip))?;
+    let clamp = RefCell::new(clamp);
+    for (index, tensor) in list.tensors().iter().enumerate() {
+        tensor.inplace_op1(&ClampBy { clamp: &clamp, variable: list.variables().name(index) })?;
+    }
+    let report = clamp.into_inner().into_report();
+    if report.num_written() > 0 {
+        list.put_back(vars, store);
+    }
+    Ok(DeferredScoped::on_host(report))
+}
+
 fn measure_by(list: &GradList, rows: &[usize], scope: &Scope<'_>, clip: &ClipNorm) -> Result<Measured> {
+    with_all_variables(list, rows, scope, |all| scoped::measure(all, scope, clip))
+}
+
+/// Runs `work` over a list in which every variable has a place, so that all indices are those of variables.
+fn with_all_variables<R: Send>(
+    list: &GradList,
+    rows: &[usize],
+    scope: &Scope<'_>,
+    work: impl FnOnce(&[Grad<'_>]) -> Result<R> + Send,
+) -> Result<R> {
     let bytes = bytes_of(list).saturating_add(scope.num_rows().saturating_mul(TILE_BYTES));
     let nothing = Grad::F32(&[]);
-    lend_slices(list, bytes, |slices| {
-        let all = list.variables().spread(rows.len(), nothing, slices.iter().copied());
-        scoped::measure(&all, scope, clip)
-    })
+    lend_slices(list, bytes, |slices| work(&list.variables().spread(rows.len(), nothing, slices.iter().copied())))
 }
 
 fn measure(list: &GradList, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {
@@ -234,6 +270,26 @@ impl InplaceOp1 for Clamp {
         let bounds = &self.bounds;
         let counts = in_own_pool(bytes, || cpu::clamp_all(bounds, &mut grads));
         self.counts.borrow_mut().extend(counts);
+        Ok(())
+    }
+}
+
+struct ClampBy<'a> {
+    clamp: &'a RefCell<scoped::Clamp>,
+    variable: usize,
+}
+
+impl InplaceOp1 for ClampBy<'_> {
+    fn name(&self) -> &'static str {
+        "clip_grad_value_by"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let bytes = layout.shape().elem_count() * storage.dtype().size_in_bytes();
+        let grad = (self.variable, slice_of_mut(storage, layout)?);
+        let mut clamp = self.clamp.borrow_mut();
+        let clamp: &mut scoped::Clamp = &mut clamp;
+        in_own_pool(bytes, || clamp.apply_to(std::iter::once(grad)));
         Ok(())
     }
 }

@@ -103,6 +103,29 @@ pub(super) fn clip_grad_norm_by(
     Ok(DeferredScoped::on_device(pending))
 }
 
+pub(super) fn clip_coef_by(
+    list: &GradList,
+    stream: &Arc<CudaStream>,
+    num_vars: usize,
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+) -> Result<DeferredScoped> {
+    cuda::clip_coef_by(stream, &all_variables(list, num_vars), scope, clip).map(DeferredScoped::on_device)
+}
+
+pub(super) fn clip_grad_value_by(
+    list: &GradList,
+    stream: &Arc<CudaStream>,
+    vars: &[Var],
+    store: &mut GradStore,
+    scope: &Scope<'_>,
+    clip: ClipValue,
+) -> Result<DeferredScoped<ValueReport>> {
+    let pending = cuda::clip_grad_value_by(stream, &mut all_variables(list, vars.len()), scope, clip)?;
+    list.put_back(vars, store);
+    Ok(DeferredScoped::on_device(pending))
+}
+
 fn cuda_grads(list: &GradList) -> impl Iterator<Item = CudaGrad<'_>> {
     list.tensors().iter().map(|tensor| CudaGrad(Some(tensor)))
 }

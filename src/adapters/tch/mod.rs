@@ -37,6 +37,9 @@
 //!
 //! As with any operation of libtorch in place, no other thread may use the same gradients meanwhile.
 //!
+//! Not here: running norms ([`cpu::RunningNorm`](crate::cpu::RunningNorm)), as tch gives all gradients at once, when
+//! `backward` returns. Norms over several ranks and clipping out of place are in [`cpu`](crate::cpu) and `cuda`.
+//!
 //! # CUDA tensors (feature `cuda`)
 //!
 //! Everything is enqueued on libtorch's current stream of the gradients' device, and nothing waits: the report stays on
@@ -48,9 +51,10 @@
 //! | per call | launches | copies | waits | allocations |
 //! |---|---|---|---|---|
 //! | CPU tensors | | | | host only |
-//! | CUDA tensors, `clip_grad_norm` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call | 0 | host only, once a list of that size has been seen |
-//! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; `total_norm` and `clip_coef` 1 | of that gradient | 0 | 1, libtorch's |
+//! | CUDA tensors, `clip_grad_norm`, `clip_grad_norm_by` / each of the others | 3 / 2 | of the table of tensors, if they are more than 160 and not where they were at the last call; with a scope of its tables, if list or scope are not those of the last such call | 0 | host only, once a list of that size has been seen |
+//! | each gradient that has gaps, or that autograd tracks | 2 more, libtorch's; where nothing is written 1 | of that gradient | 0 | 1, libtorch's |
 //! | [`Deferred::wait`] | 0 | 72 bytes | 1 | 0 |
+//! | [`DeferredScoped::wait`](crate::DeferredScoped::wait) | 0 | 64 bytes, 72 for each group, with telemetry 40 for each tensor | 1 | host only |
 //!
 //! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm. It
 //! panics where there are no gradients, and returns nothing.
@@ -305,6 +309,96 @@ pub fn clip_grad_norm_by<T: Borrow<Tensor>>(
         Home::Cpu => on_cpu::clip_grad_norm_by(&mut list, scope, &clip),
         #[cfg(feature = "cuda")]
         Home::Cuda(ordinal) => on_cuda::clip_grad_norm_by(&mut list, ordinal, scope, clip),
+    }
+}
+
+/// What [`clip_grad_norm_by`] would multiply each group by, for an optimizer that multiplies the gradients itself; see
+/// [`cpu::clip_coef_by`](crate::cpu::clip_coef_by). Nothing is written. The lists of the scope and of the report are
+/// as for [`clip_grad_norm_by`], and each group's factor is its [`multiplier`](NormReport::multiplier). A parameter
+/// that shares the gradient of one before it has the factor of an empty tensor in the report: the one to use is that
+/// of the other.
+///
+/// Of CUDA tensors the factors stay on the device: [`DeferredScoped::pending`](crate::DeferredScoped) has their
+/// addresses, until the next scoped call of this thread on the same stream, and only while this thread's clipper
+/// ([`cuda::release_thread_clippers`]) or the result is kept.
+///
+/// Cost: reads each gradient once, writes nothing; of CUDA tensors two launches for any number of groups, no wait.
+///
+/// # Errors
+/// As [`clip_grad_norm_by`].
+///
+/// ```
+/// use gradclip::Scope;
+/// use tch::{no_grad, Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let mut params = [&[3.0f32, 4.0][..], &[0.5]].map(|values| Tensor::from_slice(values).set_requires_grad(true));
+/// ((params[0].square().sum(Kind::Float) + params[1].square().sum(Kind::Float)) * 0.5).backward();
+/// let report = gradclip::tch::clip_coef_by(&params, &Scope::per_tensor(), 2.5)?.wait()?;
+/// for (param, group) in params.iter_mut().zip(&report.groups) {
+///     let step = param.grad() * (0.5 * group.multiplier);
+///     no_grad(|| *param -= step);
+/// }
+/// assert_eq!((Vec::<f32>::try_from(&params[0])?, Vec::<f32>::try_from(&params[1])?), (vec![2.25, 3.0], vec![0.25]));
+/// # Ok(())
+/// # }
+/// ```
+///
+#[cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
+#[cfg_attr(not(feature = "cuda"), doc = "[`cuda::release_thread_clippers`]: crate#features")]
+pub fn clip_coef_by<T: Borrow<Tensor>>(
+    params: &[T],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipNorm>,
+) -> Result<DeferredScoped> {
+    let clip = clip.into();
+    clip.validate()?;
+    let list = GradList::gather(params, order(scope))?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_coef_by(&list, scope, &clip),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::clip_coef_by(&list, ordinal, scope, clip),
+    }
+}
+
+/// Limits each element of the gradients of `params`, and counts for each group of a [`Scope`] how many were outside
+/// the bounds; see [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by). Elements become what
+/// [`clip_grad_value`] makes of them: NaN is kept and counted, an Inf becomes a bound. The lists of the scope and of
+/// the report are as for [`clip_grad_norm_by`]; a parameter without a gradient has no elements.
+///
+/// Cost: that of [`clip_grad_value`]; of CUDA tensors two launches for any number of groups, no wait.
+///
+/// # Errors
+/// As [`clip_grad_value`], and a scope that does not fit the parameters; [`Error::ScopeForNorms`] for one with
+/// [`max_norms`](Scope::max_norms) or [`telemetry`](Scope::telemetry). No value has changed then.
+///
+/// ```
+/// use gradclip::Scope;
+/// use tch::{Kind, Tensor};
+///
+/// # fn main() -> tch::Result<()> {
+/// let weight = Tensor::from_slice2(&[[0.25f32, -4.0], [0.5, 0.0]]).set_requires_grad(true);
+/// (weight.square().sum(Kind::Float) * 0.5).backward();
+/// let report = gradclip::tch::clip_grad_value_by(&[&weight], &Scope::leading_dimension(), 0.5)?.wait()?;
+/// let fractions: Vec<f64> = report.groups.iter().map(|row| row.clipped_fraction()).collect();
+/// assert_eq!(fractions, [0.5, 0.0]);
+/// assert_eq!(Vec::<f32>::try_from(weight.grad().view(4))?, [0.25, -0.5, 0.5, 0.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn clip_grad_value_by<T: Borrow<Tensor>>(
+    params: &[T],
+    scope: &Scope<'_>,
+    clip: impl Into<ClipValue>,
+) -> Result<DeferredScoped<ValueReport>> {
+    let clip = clip.into();
+    clip.validate()?;
+    scope.refuse_norms()?;
+    let mut list = GradList::gather(params, order(scope))?;
+    match list.home() {
+        Home::Cpu => on_cpu::clip_grad_value_by(&mut list, scope, &clip),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(ordinal) => on_cuda::clip_grad_value_by(&mut list, ordinal, scope, clip),
     }
 }
 

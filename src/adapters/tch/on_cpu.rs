@@ -72,19 +72,50 @@ pub(super) fn norms_by(list: &GradList, scope: &Scope<'_>, norm_type: NormType) 
 pub(super) fn clip_grad_norm_by(list: &mut GradList, scope: &Scope<'_>, clip: &ClipNorm) -> Result<DeferredScoped> {
     let measured = measure_by(list, scope, clip)?;
     if measured.report.num_written() > 0 {
-        let variables: Vec<usize> = (0..list.places().len()).map(|index| list.variables().name(index)).collect();
         // SAFETY: `measure_by` has refused overlaps.
-        let slices = unsafe { slices_mut(list) };
-        scoped::apply_to(&measured, variables.into_iter().zip(slices));
+        scoped::apply_to(&measured, unsafe { parameters_mut(list) });
         list.put_back()?;
     }
     Ok(DeferredScoped::on_host(measured.report))
 }
 
-/// In the list that is measured every parameter has a place, so that all indices are those of parameters.
+pub(super) fn clip_coef_by(list: &GradList, scope: &Scope<'_>, clip: &ClipNorm) -> Result<DeferredScoped> {
+    let measured = measure_by(list, scope, clip)?;
+    Ok(DeferredScoped::on_host(measured.into_coefs()))
+}
+
+pub(super) fn clip_grad_value_by(
+    list: &mut GradList,
+    scope: &Scope<'_>,
+    clip: &ClipValue,
+) -> Result<DeferredScoped<ValueReport>> {
+    let mut clamp = scoped::Clamp::new(&all_slices(list), &scope.with_leading_dimensions(list.rows()), clip)?;
+    // SAFETY: `Clamp::new` has refused overlaps.
+    clamp.apply_to(unsafe { parameters_mut(list) });
+    let report = clamp.into_report();
+    if report.num_written() > 0 {
+        list.put_back()?;
+    }
+    Ok(DeferredScoped::on_host(report))
+}
+
 fn measure_by(list: &GradList, scope: &Scope<'_>, clip: &ClipNorm) -> Result<Measured> {
-    let all = list.variables().spread(list.rows().len(), Grad::F32(&[]), slices(list));
-    scoped::measure(&all, &scope.with_leading_dimensions(list.rows()), clip)
+    scoped::measure(&all_slices(list), &scope.with_leading_dimensions(list.rows()), clip)
+}
+
+/// Every parameter has a place, so that all indices are those of parameters.
+fn all_slices(list: &GradList) -> Vec<Grad<'_>> {
+    list.variables().spread(list.rows().len(), Grad::F32(&[]), slices(list))
+}
+
+/// The gradients, to write, each with the index of its parameter.
+///
+/// # Safety
+/// As [`slices_mut`].
+unsafe fn parameters_mut(list: &mut GradList) -> impl Iterator<Item = (usize, GradMut<'_>)> {
+    let parameters: Vec<usize> = (0..list.places().len()).map(|index| list.variables().name(index)).collect();
+    // SAFETY: the caller's promise.
+    parameters.into_iter().zip(unsafe { slices_mut(list) })
 }
 
 fn measure(list: &GradList, clip: &ClipNorm) -> Result<(NormReport, Verdict)> {

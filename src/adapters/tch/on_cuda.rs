@@ -92,6 +92,30 @@ pub(super) fn clip_grad_norm_by(
     Ok(DeferredScoped::on_device(pending))
 }
 
+pub(super) fn clip_coef_by(
+    list: &GradList,
+    ordinal: usize,
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+) -> Result<DeferredScoped> {
+    let stream = current_stream(ordinal)?;
+    let scope = scope.with_leading_dimensions(list.rows());
+    cuda::clip_coef_by(&stream, &all_parameters(list, ordinal), &scope, clip).map(DeferredScoped::on_device)
+}
+
+pub(super) fn clip_grad_value_by(
+    list: &mut GradList,
+    ordinal: usize,
+    scope: &Scope<'_>,
+    clip: ClipValue,
+) -> Result<DeferredScoped<ValueReport>> {
+    let stream = current_stream(ordinal)?;
+    let scope = scope.with_leading_dimensions(list.rows());
+    let pending = cuda::clip_grad_value_by(&stream, &mut all_parameters(list, ordinal), &scope, clip)?;
+    list.put_back()?;
+    Ok(DeferredScoped::on_device(pending))
+}
+
 /// Every parameter has a place, so that all indices are those of parameters.
 fn all_parameters(list: &GradList, ordinal: usize) -> Vec<TorchGrad> {
     let places = list.variables().spread(list.rows().len(), TensorRef::NOTHING, list.places().iter().copied());
