@@ -114,7 +114,7 @@ pub enum Error {
         output: u64,
     },
     /// An output of a type that its gradient cannot be clipped into.
-    #[error("output {tensor} is {output}, gradient {tensor} is {gradient}; the output can be {gradient} or f32")]
+    #[error("output {tensor} is {output}, gradient {tensor} is {gradient}; the output can be {}", types_of_output(*.gradient))]
     OutputDtype {
         /// Index of both.
         tensor: usize,
@@ -182,7 +182,7 @@ pub enum Error {
         reason: String,
     },
     /// A group that is not below the number of thresholds, or, where there are none, of tensors.
-    #[error("tensor {tensor} is in group {group}, and groups are numbered from 0 to {}", .groups.saturating_sub(1))]
+    #[error("tensor {tensor} is in group {group}; groups are below {groups}: one for each of max_norms, else for each tensor")]
     NoSuchGroup {
         /// Index in the list.
         tensor: usize,
@@ -360,4 +360,12 @@ impl Error {
 
 fn at_tensor(tensor: &Option<usize>) -> String {
     tensor.map_or(String::new(), |index| format!(" (first in tensor {index})"))
+}
+
+fn types_of_output(gradient: Dtype) -> String {
+    if gradient == Dtype::F32 {
+        gradient.to_string()
+    } else {
+        format!("{gradient} or f32")
+    }
 }

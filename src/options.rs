@@ -113,10 +113,11 @@ pub enum NonFinite {
     /// Leave every gradient as it is; the report says so, and which tensor was first.
     #[default]
     Skip,
-    /// Set every gradient to zero (unless `max_norm` is infinite and there is no loss scale, which only measures), so that the optimizer step can go on without anybody waiting for the report.
+    /// Set every gradient to zero, so that the optimizer step can go on without anybody waiting for the report. What is
+    /// only measured is left alone: by an infinite `max_norm` without a loss scale, or in a group that has no threshold.
     Zero,
-    /// Multiply by `max_norm / norm` all the same, as PyTorch does (unless `max_norm` is infinite, which only measures or removes a loss scale): a NaN anywhere makes every gradient NaN; an Inf
-    /// makes finite elements 0 and infinite ones NaN.
+    /// Multiply by `max_norm / norm` all the same, as PyTorch does (unless `max_norm` is infinite, which only measures or
+    /// removes a loss scale): a NaN anywhere makes every gradient NaN; an Inf makes finite elements 0 and infinite ones NaN.
     Propagate,
     /// Leave every gradient as it is, wait for the result, and return [`Error::NonFinite`].
     Error,

@@ -64,7 +64,8 @@ impl<'a> Scope<'a> {
     }
 
     /// Each row: tensor `i` is `rows[i]` rows of equal length, one after the other (the slices along its leading
-    /// dimension). The base of unit-wise and per-sample clipping.
+    /// dimension), each of which has a norm of its own: unit-wise clipping, and per-sample clipping of one tensor. Where a
+    /// sample has a row in several tensors (DP-SGD), its norm goes over all of them; these are norms of single rows.
     ///
     /// ```
     /// use gradclip::{cpu, Scope};
@@ -90,8 +91,8 @@ impl<'a> Scope<'a> {
     }
 
     /// A threshold for each group (or tensor, or row); `None`: that one is only measured (and a
-    /// [`loss_scale`](crate::ClipNorm::loss_scale) removed). Without this, all have the
-    /// threshold of the call.
+    /// [`loss_scale`](crate::ClipNorm::loss_scale) removed). Where
+    /// this is given, the threshold of the call decides nothing, but has to be a valid one; without, all have that.
     #[must_use]
     pub const fn max_norms(mut self, max_norms: &'a [Option<f64>]) -> Self {
         self.max_norms = Some(max_norms);

@@ -40,6 +40,10 @@ pub(crate) mod sealed {
 /// `f16` or `bf16`, [`RawGrad`], and references to them. For a list of mixed types use `&dyn DeviceGrad`.
 ///
 /// Sealed: a wrong address would be undefined behaviour.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a gradient on a GPU",
+    note = "a call takes a list of gradients: cudarc's CudaSlice, CudaView or CudaViewMut of f32, f64, f16 or bf16, or RawGrad; mixed types are `&dyn DeviceGrad`; gradients in host memory are for gradclip::cpu"
+)]
 pub trait DeviceGrad: sealed::Sealed {
     /// Orders `stream` after the work that writes this gradient, and says where it is. The second call of a pair orders
     /// later writers after `stream`.
@@ -48,6 +52,10 @@ pub trait DeviceGrad: sealed::Sealed {
 }
 
 /// A [`DeviceGrad`] that can be written. For a list of mixed types use `&mut dyn DeviceGradMut`.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a gradient on a GPU that can be written",
+    note = "a call takes a list of gradients: cudarc's CudaSlice or CudaViewMut of f32, f64, f16 or bf16, or RawGrad; mixed types are `&mut dyn DeviceGradMut`; gradients in host memory are for gradclip::cpu"
+)]
 pub trait DeviceGradMut: DeviceGrad {
     /// As [`DeviceGrad::find`], for reading and writing.
     #[doc(hidden)]

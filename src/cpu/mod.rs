@@ -153,6 +153,9 @@ pub fn clip_grad_norm_into<G: AsGrad, O: AsGradMut>(
 /// options and policies are those of [`ClipNorm`], by the norm that is given; its order does not matter here. The report
 /// has that norm (with a [`loss_scale`](ClipNorm::loss_scale), over it), and names no tensor.
 ///
+/// The norm is that of the gradients as they are: with a loss scale, what [`total_norm`] measures, or the `total_norm` of
+/// the report of a call with that loss scale times the scale.
+///
 /// The gradients themselves are not looked at first. So where the norm is finite and they are not, they are multiplied
 /// like all: an Inf stays one (times 0 it is NaN), a NaN stays NaN, without its payload.
 ///

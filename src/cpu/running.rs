@@ -15,7 +15,8 @@ use crate::running_list::RunningList;
 /// backward has just written. The bits are those of one call over the list in the order of adding.
 ///
 /// [`clip`](Self::clip) and [`total_norm`](Self::total_norm) finish a norm; the next [`add`](Self::add) begins another. So
-/// keep one for all steps.
+/// keep one for all steps. Where gradients are accumulated over several micro-batches, add them in the last one only, when
+/// they are complete: what is added and then changed is clipped by the norm of what it was.
 ///
 /// ```
 /// use gradclip::{cpu::RunningNorm, NormType};
