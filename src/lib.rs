@@ -150,6 +150,7 @@ pub use adapters::{Deferred, DeferredScoped};
 
 #[doc(hidden)]
 pub mod abi;
+mod address_sort;
 mod clip_coef;
 mod dtype;
 mod error;

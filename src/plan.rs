@@ -1,6 +1,7 @@
 //! Host arithmetic only: the list of tensors, checked and cut into tiles.
 
 use crate::abi::{TensorDesc, TILE_BYTES};
+use crate::address_sort::{sort_by_address, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
@@ -30,7 +31,8 @@ pub(crate) struct Plan {
     descs: Vec<TensorDesc>,
     num_tiles: u32,
     has_f64: bool,
-    by_address: Vec<(u64, u64, usize)>,
+    by_address: Vec<Span>,
+    scratch: Vec<Span>,
 }
 
 impl Plan {
@@ -46,9 +48,8 @@ impl Plan {
         &self.descs
     }
 
-    /// (begin, end, index) of the tensors that are not empty, by address, of those taken by the last call. None overlaps
-    /// another.
-    pub(crate) fn spans(&self) -> &[(u64, u64, usize)] {
+    /// Of the tensors that are not empty, by address, of those taken by the last call. None overlaps another.
+    pub(crate) fn spans(&self) -> &[Span] {
         &self.by_address
     }
 
@@ -83,7 +84,7 @@ impl Plan {
     /// Cost: one pass, and a sort by address for the overlap check; no allocation for lists no longer than before.
     pub(crate) fn update(&mut self, tensors: &[TensorRef]) -> Result<()> {
         self.clear();
-        let result = self.fill(tensors).and_then(|()| refuse_overlaps(&mut self.by_address));
+        let result = self.fill(tensors).and_then(|()| refuse_overlaps(&mut self.by_address, &mut self.scratch));
         if result.is_err() {
             self.clear();
         }
@@ -94,7 +95,7 @@ impl Plan {
     /// Overlaps are looked for among the new ones only.
     pub(crate) fn append(&mut self, tensors: &[TensorRef]) -> Result<()> {
         let before = self.descs.len();
-        let result = self.fill(tensors).and_then(|()| refuse_overlaps(&mut self.by_address));
+        let result = self.fill(tensors).and_then(|()| refuse_overlaps(&mut self.by_address, &mut self.scratch));
         if result.is_err() {
             self.truncate(before);
         }
@@ -142,9 +143,9 @@ impl Plan {
     }
 }
 
-/// Of tensors that are not empty, as (begin, end, index in the list). Sorts them.
-pub(crate) fn refuse_overlaps(spans: &mut [(u64, u64, usize)]) -> Result<()> {
-    spans.sort_unstable();
+/// Of tensors that are not empty. Sorts them.
+pub(crate) fn refuse_overlaps(spans: &mut Vec<Span>, scratch: &mut Vec<Span>) -> Result<()> {
+    sort_by_address(spans, scratch);
     for pair in spans.windows(2) {
         let ((_, end, a), (begin, _, b)) = (pair[0], pair[1]);
         if begin < end {

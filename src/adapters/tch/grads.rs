@@ -105,7 +105,7 @@ impl GradList {
         if !list.copied.is_empty() {
             // What is a copy in the list meets nothing there.
             spans.retain(|(begin, end, _)| begin < end);
-            refuse_overlaps(&mut spans).map_err(|error| list.name_in(error))?;
+            refuse_overlaps(&mut spans, &mut Vec::new()).map_err(|error| list.name_in(error))?;
         }
         Ok(list)
     }
