@@ -4,8 +4,8 @@
     scripts/figures.py            writes them
     scripts/figures.py --check    fails where a page says something else
 
-They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Records are called cpu-DATE.csv, gpu-NAME-DATE.csv and
-variants-NAME-DATE.csv; the predictions are those of benches/variants/variants.json.
+They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Records are called cpu-DATE.csv, before-after-DATE.csv,
+gpu-NAME-DATE.csv and variants-NAME-DATE.csv; the predictions are those of benches/variants/variants.json.
 scripts/plots.py draws the pictures, of the same records.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from statistics import quantiles
 
 from record_to_tables import bars_table, found, lists_table, quotient, read, rows_of
 from variants import described
@@ -23,6 +24,7 @@ RECORDS = ROOT / "benches" / "record"
 # What the README shows of the CPU, with any list on which something is slower than PyTorch.
 README_LISTS = ("1 GiB", "GPT-2", "ResNet-50", "Qwen3-30B-A3B 1/32", "3000 x 4 Ki")
 README_DTYPES = ("f32", "bf16")
+ALL_DTYPES = ("f32", "f64", "f16", "bf16")
 SWEEPS = re.compile(r"\d+ [KM]iB|\d+ x 4 Ki")
 MODELS = ("3000 x 4 Ki", "300 x 4 Ki")  # which are not of a sweep only
 OPS = {
@@ -102,6 +104,42 @@ def cpu_lists(cpu):
     return text + "\n\n" + picture("cpu", "../docs/images/", "tensors")
 
 
+def plain_before_and_after(record):
+    """Plain clipping at a commit that had nothing else, and later."""
+    if record is None:
+        return "Not measured yet."
+    path, rows = record
+    ratios = {}
+    for row in rows:
+        ratios.setdefault(row["case"], []).append(float(row["after_us"]) / float(row["before_us"]))
+    lines = [f"Time at commit {rows[0]['after']} over that at {rows[0]['before']}, median of {len(next(iter(ratios.values())))} "
+             f"turns and the quarters around it ([record](../benches/record/{path.name}), `scripts/before_after.py`).", "",
+             "| case | ratio | quarters |", "|---|---|---|"]
+    for case, found in ratios.items():
+        low, middle, high = quantiles(found, n=4)
+        lines.append(f"| {case.replace('; ', ', ')} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)
+
+
+def telemetry(cpu):
+    """What a call with telemetry takes, over one without."""
+    if cpu is None:
+        return "Not measured yet."
+    path, record = cpu
+    lines = [f"Time over that of the same call without telemetry, on the CPU (commit {record.run['commit']}, "
+             f"[record](../benches/record/{path.name})).", "", "| list | " + " | ".join(ALL_DTYPES) + " |",
+             "|---" * (1 + len(ALL_DTYPES)) + "|"]
+    for name in dict.fromkeys(name for name, _ in record.lists if name in MODELS or not SWEEPS.fullmatch(name)):
+        cells = []
+        for dtype in ALL_DTYPES:
+            pair = [record.worst((name, dtype), "clip; within", implementation)
+                    for implementation in ("gradclip each tensor with telemetry", "gradclip each tensor")]
+            cells.append(f"{quotient(*pair):.2f}" if None not in pair else "")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def picture(kind, folder, what="bandwidth"):
     """scripts/plots.py draws it where the record has what it shows."""
     alt = {"bandwidth": "Bandwidth against size", "tensors": "Time against number of tensors"}[what]
@@ -138,6 +176,8 @@ def blocks():
             "gpu-bars": "Not measured yet." if gpu is None else bars_table(gpu[1]),
             "gpu-lists": "Not measured yet." if gpu is None else
                          lists_table(gpu[1]) + "\n\n" + picture("gpu", "images/", "tensors"),
+            "cpu-plain": plain_before_and_after(newest("before-after", rows_of)),
+            "cpu-telemetry": telemetry(cpu),
             "predictions": predictions(newest("variants", rows_of)),
         },
     }
