@@ -49,74 +49,37 @@ pub(crate) trait Clamp: FastSum {
     fn magnitude(self) -> Self::Int;
 }
 
-impl Clamp for f32 {
-    type Key = f32;
-    type Int = i32;
-    const KEEPS_NAN: bool = true;
+macro_rules! clamp {
+    ($type:ty, $int:ty, $key:ty, $keeps_nan:literal, |$x:ident| $key_of:expr, |$bounds:ident| $in_type:expr) => {
+        impl Clamp for $type {
+            type Key = $key;
+            type Int = $int;
+            const KEEPS_NAN: bool = $keeps_nan;
 
-    fn bounds(bounds: &ClampBounds) -> (Self, Self) {
-        (bounds.lo_f32, bounds.hi_f32)
-    }
-    #[inline(always)]
-    fn key(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn magnitude(self) -> i32 {
-        (self.to_bits() & (u32::MAX >> 1)) as i32
-    }
+            fn bounds($bounds: &ClampBounds) -> (Self, Self) {
+                $in_type
+            }
+            #[inline(always)]
+            fn key(self) -> $key {
+                let $x = self;
+                $key_of
+            }
+            #[inline(always)]
+            fn magnitude(self) -> $int {
+                self.to_bits() as $int & <$int>::MAX
+            }
+        }
+    };
 }
-impl Clamp for f64 {
-    type Key = f64;
-    type Int = i64;
-    const KEEPS_NAN: bool = true;
 
-    fn bounds(bounds: &ClampBounds) -> (Self, Self) {
-        (bounds.lo_f64, bounds.hi_f64)
-    }
-    #[inline(always)]
-    fn key(self) -> f64 {
-        self
-    }
-    #[inline(always)]
-    fn magnitude(self) -> i64 {
-        (self.to_bits() & (u64::MAX >> 1)) as i64
-    }
-}
-impl Clamp for f16 {
-    type Key = i16;
-    type Int = i16;
-    const KEEPS_NAN: bool = false;
-
-    fn bounds(bounds: &ClampBounds) -> (Self, Self) {
-        (f16_from_f32(bounds.lo_f16), f16_from_f32(bounds.hi_f16))
-    }
-    #[inline(always)]
-    fn key(self) -> i16 {
-        key_of_16_bits(self.to_bits())
-    }
-    #[inline(always)]
-    fn magnitude(self) -> i16 {
-        (self.to_bits() & (u16::MAX >> 1)) as i16
-    }
-}
-impl Clamp for bf16 {
-    type Key = i16;
-    type Int = i16;
-    const KEEPS_NAN: bool = false;
-
-    fn bounds(bounds: &ClampBounds) -> (Self, Self) {
-        (bf16_from_f32(bounds.lo_bf16), bf16_from_f32(bounds.hi_bf16))
-    }
-    #[inline(always)]
-    fn key(self) -> i16 {
-        key_of_16_bits(self.to_bits())
-    }
-    #[inline(always)]
-    fn magnitude(self) -> i16 {
-        (self.to_bits() & (u16::MAX >> 1)) as i16
-    }
-}
+clamp!(f32, i32, f32, true, |x| x, |bounds| (bounds.lo_f32, bounds.hi_f32));
+clamp!(f64, i64, f64, true, |x| x, |bounds| (bounds.lo_f64, bounds.hi_f64));
+clamp!(f16, i16, i16, false, |x| key_of_16_bits(x.to_bits()), |bounds| {
+    (f16_from_f32(bounds.lo_f16), f16_from_f32(bounds.hi_f16))
+});
+clamp!(bf16, i16, i16, false, |x| key_of_16_bits(x.to_bits()), |bounds| {
+    (bf16_from_f32(bounds.lo_bf16), bf16_from_f32(bounds.hi_bf16))
+});
 
 /// Sign and magnitude to an integer; both zeroes are 0. Comparing f32 instead would take four times the registers.
 #[inline(always)]
