@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Plain clipping on the CPU at two commits, turn by turn on the same machine.
 
-    scripts/before_after.py --out benches/record/before-after-DATE.csv [--before 7b33cd3] [--turns 15]
+    scripts/before_after.py --out benches/record/before-after-DATE.csv [--before 7b33cd3] [--turns 60]
 
 7b33cd3 had clipping by global norm and by value, and nothing else: no other norm, scope, loss scale, telemetry, output or
 rank. benches/before_after/program.rs is built against each commit, so both run the same loops over the same data. In each turn
 both measure all cases, in an order that changes from turn to turn; what counts is the ratio of the two in a turn.
-About five minutes. Nothing else should run.
+Two minutes. Nothing else should run.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--before", default="7b33cd3")
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=60)
     arguments = parser.parse_args()
     old = FOLDER / "old"
     if not old.exists():
