@@ -37,11 +37,23 @@ mod backend {
             assert_eq!(double.counters().faults, 0);
         }
     }
+
+    /// The same where the double is NCCL too.
+    #[cfg(feature = "nccl")]
+    pub fn with_nccl(body: impl Fn(&mut Clipper)) {
+        let Some(double) = support::double::lock() else { return };
+        double.be_nccl();
+        cuda::check_nccl().unwrap();
+        let context = cuda::context(0).unwrap();
+        body(&mut Clipper::new(&context.new_stream().unwrap()).unwrap());
+        assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
+    }
 }
 
 #[path = "double_suite"]
 mod double {
     pub mod cost;
+    pub mod every_kernel;
     pub mod faults;
     pub mod gpu_bench;
     pub mod graphs;

@@ -5,10 +5,13 @@
 pub mod data;
 pub mod device;
 
+pub mod every_kernel;
 pub mod example_cuda_graph;
 pub mod example_fused_adamw;
 mod golden;
 mod into;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod parity;
 mod running;
 mod scoped;

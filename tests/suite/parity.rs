@@ -16,7 +16,7 @@ fn report_bits(report: &NormReport) -> ([u64; 3], [bool; 2], Option<usize>) {
     (numbers, [report.found_inf, report.written], report.first_nonfinite)
 }
 
-fn assert_norm_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipNorm, what: &str) -> NormReport {
+pub fn assert_norm_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipNorm, what: &str) -> NormReport {
     let (mut on_cpu, mut on_device) = (list.to_vec(), list.to_vec());
     let expected = cpu::clip_grad_norm(&mut on_cpu, clip).unwrap();
     let got = device::clip_grad_norm(clipper, &mut on_device, clip).unwrap();
@@ -26,7 +26,7 @@ fn assert_norm_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipNorm, wh
 }
 
 /// Clips by a norm that is given.
-fn assert_given_parity(clipper: &mut Clipper, list: &[Tensor], total_norm: f64, clip: ClipNorm, what: &str) {
+pub fn assert_given_parity(clipper: &mut Clipper, list: &[Tensor], total_norm: f64, clip: ClipNorm, what: &str) {
     let (mut on_cpu, mut on_device) = (list.to_vec(), list.to_vec());
     let expected = cpu::clip_with_norm(&mut on_cpu, total_norm, clip).unwrap();
     let got = device::clip_with_norm(clipper, &mut on_device, total_norm, clip).unwrap();
@@ -34,7 +34,7 @@ fn assert_given_parity(clipper: &mut Clipper, list: &[Tensor], total_norm: f64, 
     assert_eq!(bits(&on_device), bits(&on_cpu), "{what}");
 }
 
-fn assert_value_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipValue, what: &str) {
+pub fn assert_value_parity(clipper: &mut Clipper, list: &[Tensor], clip: ClipValue, what: &str) {
     let (mut on_cpu, mut on_device) = (list.to_vec(), list.to_vec());
     let expected = cpu::clip_grad_value(&mut on_cpu, clip).unwrap();
     let got = device::clip_grad_value(clipper, &mut on_device, clip).unwrap();

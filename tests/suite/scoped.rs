@@ -20,7 +20,27 @@ fn stats_bits(stats: &TensorStats) -> (u64, u64, u64, u64, Option<u64>) {
     (stats.norm.to_bits(), stats.max_abs.to_bits(), stats.zeros, stats.nonfinite, stats.first_nonfinite)
 }
 
-/// Both back ends, with and without telemetry; the report.
+/// Both back ends; the report.
+pub fn assert_same(
+    clipper: &mut Clipper,
+    list: &[Tensor],
+    scope: &Scope<'_>,
+    clip: ClipNorm,
+    what: &str,
+) -> ScopedReport {
+    let (mut on_cpu, mut there) = (list.to_vec(), list.to_vec());
+    let report = cpu::clip_grad_norm_by(&mut on_cpu, scope, clip).unwrap();
+    let got = on_device(clipper, &mut there, scope, clip).unwrap();
+    let compare = |report: &ScopedReport| {
+        let groups: Vec<_> = report.groups.iter().map(group_bits).collect();
+        (groups, report.tensors.iter().map(stats_bits).collect::<Vec<_>>())
+    };
+    assert_eq!(compare(&got), compare(&report), "{what}");
+    assert_eq!(bits(&there), bits(&on_cpu), "{what}");
+    report
+}
+
+/// The same without and with telemetry; the report of the latter.
 fn assert_parity(
     clipper: &mut Clipper,
     list: &[Tensor],
@@ -28,20 +48,8 @@ fn assert_parity(
     clip: ClipNorm,
     what: &str,
 ) -> ScopedReport {
-    let mut expected = None;
-    for scope in [*scope, scope.telemetry()] {
-        let (mut on_cpu, mut there) = (list.to_vec(), list.to_vec());
-        let report = cpu::clip_grad_norm_by(&mut on_cpu, &scope, clip).unwrap();
-        let got = on_device(clipper, &mut there, &scope, clip).unwrap();
-        let compare = |report: &ScopedReport| {
-            let groups: Vec<_> = report.groups.iter().map(group_bits).collect();
-            (groups, report.tensors.iter().map(stats_bits).collect::<Vec<_>>())
-        };
-        assert_eq!(compare(&got), compare(&report), "{what}");
-        assert_eq!(bits(&there), bits(&on_cpu), "{what}");
-        expected = Some(report);
-    }
-    expected.unwrap()
+    assert_same(clipper, list, scope, clip, what);
+    assert_same(clipper, list, &scope.telemetry(), clip, what)
 }
 
 /// The rows of a list, as a list.

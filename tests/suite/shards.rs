@@ -45,10 +45,10 @@ unsafe impl DeviceAllGather for Recording<'_> {
 type Outcome = (Result<NormReport>, Vec<Tensor>);
 
 /// What one call has, of all ranks.
-struct Case<'a> {
-    lists: &'a [Vec<Tensor>],
-    copies: &'a [Vec<u32>],
-    clip: ClipNorm,
+pub struct Case<'a> {
+    pub lists: &'a [Vec<Tensor>],
+    pub copies: &'a [Vec<u32>],
+    pub clip: ClipNorm,
 }
 
 impl Case<'_> {
@@ -100,7 +100,7 @@ impl Case<'_> {
         })
     }
 
-    fn assert_same(&self, clipper: &Clipper, norm_type: NormType, what: &str) {
+    pub fn assert_same(&self, clipper: &Clipper, norm_type: NormType, what: &str) {
         let (expected, got) = (self.on_cpu(), self.on_device(clipper, norm_type));
         for (rank, ((expected, expected_list), (report, list))) in expected.iter().zip(&got).enumerate() {
             assert_eq!(text(report), text(expected), "rank {rank}, {what}");
