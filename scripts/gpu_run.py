@@ -53,7 +53,8 @@ PASSED, FAILED, NOT_FINISHED = "passed", "FAILED", "NOT FINISHED"
 NO_TIME = "NOT RUN: no time"
 
 # A panic of Rust, an error of Python, a finding of a sanitizer: printed as it happens, with the lines after it.
-ALARM = re.compile(r"panicked at|^error:|^Error|Traceback|^========= (Invalid|Error:|Uninitialized|Barrier|Race|Program hit)")
+ALARM = re.compile(
+    r"panicked at|^error:|^Error|Traceback|^========= (Invalid|Error:|Uninitialized|Barrier|Race|Program hit)")
 ALARM_LINES, ALARMS = 4, 6
 # The line that says how a sanitizer ended, a share of a step, a prediction.
 KEPT = re.compile(r"ERROR SUMMARY|RACECHECK SUMMARY|confirmed|refuted|of a step|first call|test result: |SKIPPED")
@@ -134,7 +135,7 @@ class Run:
 
     def watch(self, verdict, task, limit):
         began = time.monotonic()
-        path = self.record / f"{label(verdict).replace(': ', '-').replace(' ', '_')}.txt"
+        path = self.record / f"{re.sub('[^A-Za-z0-9_]+', '-', label(verdict))}.txt"
         with open(path, "w", encoding="utf-8", errors="replace") as file:
             file.write(f"$ {' '.join(Path(part).name if part.startswith('/') else part for part in task.command)}\n")
             file.flush()
@@ -158,8 +159,9 @@ class Run:
             reader.join(3)
             self.running.discard(process)
         verdict.seconds = time.monotonic() - began
-        # 124: timeout's own; 137: it had to kill. A program that the system killed for its memory ends with 137 as well.
-        late = code is None or (code in (124, 137) and verdict.seconds > limit - 1)
+        # 124: it ended on SIGTERM; 137 or -9: timeout had to kill it, and went with it. A program that the system kills for
+        # its memory ends so as well, but early.
+        late = code is None or (code in (124, 137, -9) and verdict.seconds > limit - 1)
         if code == 0:
             verdict.text = PASSED
         elif self.stopped_by:
@@ -245,6 +247,7 @@ def environment(programs):
         "GRADCLIP_GOLDEN": str(HERE / "golden"),
         "GRADCLIP_COMMIT": (HERE / "COMMIT").read_text().strip(),
         "PYTHONUNBUFFERED": "1",
+        "RUST_BACKTRACE": "0",
         # The driver keeps what it has compiled, wherever HOME is, read-only or unset. The default of 256 MiB would do.
         "CUDA_CACHE_DISABLE": "0",
         "CUDA_CACHE_PATH": str(cache),
@@ -266,6 +269,8 @@ def nvidia_smi(fields):
 
 
 def sample_clocks(record):
+    if not shutil.which("nvidia-smi"):
+        return
     line = nvidia_smi("timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active")
     with open(record / "clocks.csv", "a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -303,7 +308,7 @@ def jit(run):
     shutil.rmtree(cache, ignore_errors=True)
     first_calls = on_gpu(run, "gpu::first_calls")
     return [
-        Task("driver", run.program("no_driver"), 20, why_not=run.is_packed("no_driver")),
+        Task("driver or a clear error", run.program("no_driver"), 20, why_not=run.is_packed("no_driver")),
         Task("compiled", first_calls, 60),
         Task("from the cache", first_calls, 30),
     ]
