@@ -23,7 +23,7 @@ from candle_cuda import build_double
 from cuda_packages import ROOT, fail, target_dir
 
 # In the order of scripts/gpu_run.py.
-GPU_STAGES = ("jit", "smoke", "predictions", "suite", "adapters", "examples", "bench", "sanitizers", "variants", "ncu")
+GPU_STAGES = ("jit", "smoke", "predictions", "suite", "adapters", "examples", "bench", "sanitizers", "variants", "ncu", "large")
 MOST_CHARACTERS = 12_000
 
 # Prints as libtest does; `suite::every_kernel` is the smoke, `--exact` is what looks closer, `suite::parity` etc. are parts.

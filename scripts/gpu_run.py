@@ -18,6 +18,7 @@ FAILED and NOT FINISHED are failures, and make the exit code 1.
     sanitizers   memcheck, racecheck, initcheck and synccheck over every kernel, at once
     variants     other ways to write the kernels
     ncu          counters of four kernels
+    large        a list of 64 GiB, where a GPU has room for it and its copy
 
 RECORD is emptied first. It gets a file for each process, and: environment.txt, verdicts.csv, clocks.csv (samples of the
 GPU's clocks), predictions.csv, bench.csv, tables.md, variants.csv, summary.txt.
@@ -433,6 +434,18 @@ def ncu(run):
     return [Task("ncu", command, 40, why_not=why_not)]
 
 
+LARGE_MIB = 136_000  # the list of 64 GiB, and what restores it
+
+
+def large(run):
+    """Alone: PyTorch would have no memory beside it. Its rows become part of bench.csv."""
+    memory = re.match(r"\d+", nvidia_smi("memory.total"))
+    command = run.program("gpu_bench", "--max-gib", 64, "--list", "64 GiB", "--budget", 20, "--out", run.record / "large.csv")
+    has_room = memory and int(memory[0]) >= LARGE_MIB
+    why_not = run.is_packed("gpu_bench") or ("" if has_room else f"the GPU has less than {LARGE_MIB} MiB")
+    return [Task("large", command, 60, why_not=why_not)]
+
+
 STAGES = (
     Stage("card", card),
     Stage("jit", jit),
@@ -445,6 +458,7 @@ STAGES = (
     Stage("sanitizers", sanitizers, at_once=4),
     Stage("variants", variants),
     Stage("ncu", ncu),
+    Stage("large", large),
 )
 
 
@@ -481,7 +495,10 @@ def archive_record(record, archive):
 
 
 def write_tables(run):
-    measured = run.record / "bench.csv"
+    measured, large_rows = run.record / "bench.csv", run.record / "large.csv"
+    if large_rows.exists() and measured.exists():
+        with open(measured, "a", encoding="utf-8") as file:
+            file.writelines(large_rows.read_text().splitlines(keepends=True)[1:])
     if not measured.exists() or measured.stat().st_size == 0:
         return ""
     made = subprocess.run([sys.executable, HERE / "record_to_tables.py", measured], capture_output=True, text=True, timeout=60)
