@@ -36,6 +36,7 @@ case "$*" in
     printf 'test suite::every_kernel::norms ... ok\ntest suite::every_kernel::values ... '
     echo "thread 'suite::every_kernel::values' panicked at a.rs:1:1:"; echo "left: 1"; echo FAILED
     exit "${SMOKE_EXIT:-0}" ;;
+  *suite::scoped*) echo "running ${TESTS:-5} tests" ;;
   *suite::parity*) for i in {1..3000}; do echo "test result: FAILED. a long line that should not fill the summary $i"; done; exit 3 ;;
 esac
 """
@@ -114,6 +115,9 @@ def check_verdicts(folder):
 
     code, printed, found, _ = run(pack, record, "--seconds", "8", "--only", "smoke", **temporary)
     check(code == 0 and found["smoke"] == "NOT RUN: no time", str(found))
+
+    found = run(pack, record, "--seconds", "16", "--only", "suite", TESTS="0", **temporary)[2]
+    check(found["suite: suite::scoped suite::into"] == "FAILED: no test has that name", str(found))
 
     # The gate: the first test that failed, alone; then nothing more.
     code, printed, found, _ = run(pack, record, SMOKE_EXIT="101", **temporary)

@@ -66,7 +66,7 @@ PYTHON
 
 if [ -n "$smoke" ]; then
   : > "$pack/CPU_TESTS"
-  pack_built -- cargo test --release --no-run --test=on_gpu --test=no_driver
+  pack_built -- cargo test --release --no-run --features nccl --test=on_gpu --test=no_driver
 else
   cpu_tests=(accuracy conversions exact fp_env golden hostile into properties threads)
   echo "unit_tests ${cpu_tests[*]/#golden/golden_tests}" > "$pack/CPU_TESTS"

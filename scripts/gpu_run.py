@@ -87,6 +87,7 @@ class Verdict:
     seconds: float = 0
     alarms: list = field(default_factory=list)
     kept: list = field(default_factory=list)
+    no_test: bool = False  # libtest found no test of that name, and calls that a success
 
     @property
     def is_failure(self):
@@ -164,7 +165,7 @@ class Run:
         # its memory ends so as well, but early.
         late = code is None or (code in (124, 137, -9) and verdict.seconds > limit - 1)
         if code == 0:
-            verdict.text = PASSED
+            verdict.text = f"{FAILED}: no test has that name" if verdict.no_test else PASSED
         elif self.stopped_by:
             verdict.text = f"{NOT_FINISHED}, {self.stopped_by}"
         else:
@@ -180,6 +181,8 @@ class Run:
                 if ALARM.search(line) and len(verdict.alarms) < ALARMS:
                     verdict.alarms.append([])
                     follow = ALARM_LINES
+                elif line.startswith("running 0 tests"):
+                    verdict.no_test = True
                 elif KEPT.search(line):
                     verdict.kept.append(line.strip()[:200])
                 if follow:
