@@ -58,7 +58,7 @@ ALARM = re.compile(
     r"panicked at|^error:|^Error|Traceback|^========= (Invalid|Error:|Uninitialized|Barrier|Race|Program hit)")
 ALARM_LINES, ALARMS = 4, 6
 # The line that says how a sanitizer ended, a share of a step, a prediction.
-KEPT = re.compile(r"ERROR SUMMARY|RACECHECK SUMMARY|confirmed|refuted|of a step|first call|test result: |SKIPPED")
+KEPT = re.compile(r"ERROR SUMMARY|RACECHECK SUMMARY|confirmed|refuted|of a step|first call|test result: |SKIPPED|STOPPED")
 
 
 @dataclass
@@ -323,7 +323,7 @@ def smoke(run):
 
 
 def predictions(run):
-    command = run.program("gpu_bench", "--check-predictions", "--out", run.record / "predictions.csv")
+    command = run.program("gpu_bench", "--predictions", "--budget", 40, "--out", run.record / "predictions.csv")
     return [Task("predictions", command, 60, why_not=run.is_packed("gpu_bench"))]
 
 
