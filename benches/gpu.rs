@@ -18,9 +18,8 @@ mod trials;
 
 use anyhow::{ensure, Result};
 use clap::Parser;
-use measure::cases::Op;
 use measure::lists::entries;
-use measure::{lists, program, record, shapes, Bench, Options};
+use measure::{program, shapes, Bench, Options};
 use predictions::Check;
 use std::fs::File;
 use std::io::Write;
@@ -67,7 +66,7 @@ fn main() -> Result<()> {
     shapes::check();
     let args = Args::parse();
     if args.export_lists {
-        println!("{}", exported());
+        println!("{}", program::exported(&entries()));
         return Ok(());
     }
     let context = match gradclip::cuda::context(0) {
@@ -102,18 +101,4 @@ fn main() -> Result<()> {
         None => Box::new(std::io::stdout()),
     };
     program::all(&mut bench, &entries, &wanted, budget, &mut out)
-}
-
-/// What `torch_gpu.py` takes from here, so that both measure the same.
-fn exported() -> serde_json::Value {
-    serde_json::json!({
-        "header": record::HEADER,
-        "align": lists::ALIGN,
-        "most_elements": lists::MOST_ELEMENTS_OF_TORCH,
-        "sigma": measure::arena::SIGMA,
-        "weight": lists::WEIGHT,
-        "weighted": lists::WEIGHTED,
-        "bounds": Op::ALL.map(|op| (op.name(), op.bound())),
-        "lists": entries(),
-    })
 }

@@ -74,7 +74,7 @@ const MI: usize = 1 << 20;
 const GI: usize = 1 << 30;
 
 /// Of the first entries, which a bar names, as against all others: more time means more rounds.
-pub const WEIGHT: usize = 2;
+pub const WEIGHT: usize = 6;
 pub const WEIGHTED: usize = 14;
 
 /// The list that is not part of a usual run.

@@ -2,8 +2,9 @@
 //! as they are made, so that what ends the run takes none of them.
 
 use super::attempt::{attempt, Failed};
-use super::lists::{share, Entry};
-use super::{record, Bench};
+use super::cases::Op;
+use super::lists::{self, share, Entry};
+use super::{arena, record, Bench};
 use anyhow::{bail, ensure, Context, Result};
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
@@ -65,6 +66,20 @@ pub fn serve(bench: &mut Bench, entries: &[Entry], requests: impl BufRead, out: 
         }
     }
     Ok(())
+}
+
+/// What `torch_gpu.py` takes from here, so that both measure the same.
+pub fn exported(entries: &[Entry]) -> serde_json::Value {
+    serde_json::json!({
+        "header": record::HEADER,
+        "align": lists::ALIGN,
+        "most_elements": lists::MOST_ELEMENTS_OF_TORCH,
+        "sigma": arena::SIGMA,
+        "weight": lists::WEIGHT,
+        "weighted": lists::WEIGHTED,
+        "bounds": Op::ALL.map(|op| (op.name(), op.bound())),
+        "lists": entries,
+    })
 }
 
 fn parse<'a>(request: &str, entries: &'a [Entry]) -> Result<(u32, Duration, &'a Entry)> {

@@ -39,7 +39,9 @@ pub struct Check {
     clipper: Clipper,
     kernels: Kernels,
     predictions: Predictions,
-    gpu: String,
+    /// What the cases name.
+    pub lists: Vec<Entry>,
+    pub gpu: String,
     run: String,
     options: Options,
 }
@@ -49,15 +51,11 @@ pub fn header() -> String {
     format!("{},kernels,unit,low,high,verdict", record::HEADER)
 }
 
-/// A list whose tensors have one element has as many partials as tensors.
-fn entry(list: &str, dtype: &str) -> Result<Entry> {
-    for (name, count) in [("32768 partials", 1 << 15), ("524288 partials", 1 << 19)] {
-        if (list, dtype) == (name, "f32") {
-            return Ok(Entry::new(&shapes::equal(name, count, 1), "f32", 0));
-        }
-    }
-    let found = entries().into_iter().find(|entry| (entry.list, entry.dtype) == (list, dtype));
-    found.with_context(|| format!("there is no list {list} {dtype}"))
+/// Those of benches/gpu.rs, and two for the partials: of tensors of one element there are as many partials as tensors.
+fn lists() -> Vec<Entry> {
+    let partials = [("32768 partials", 1 << 15), ("524288 partials", 1 << 19)];
+    let partials = partials.map(|(name, count)| Entry::new(&shapes::equal(name, count, 1), "f32", 0));
+    entries().into_iter().chain(partials).collect()
 }
 
 /// What launches a case has: a call of the crate, or by the bench itself.
@@ -112,6 +110,7 @@ impl Check {
             clipper: Clipper::new(&arena.stream)?,
             kernels: Kernels::new(context)?,
             predictions: Predictions::read()?,
+            lists: lists(),
             gpu: context.name()?,
             run: record::run_columns(context),
             arena,
@@ -140,7 +139,8 @@ impl Check {
         }
         let mut failed = false;
         for (done, (list, dtype)) in lists.iter().enumerate() {
-            let entry = entry(list, dtype)?;
+            let entry = self.lists.iter().find(|entry| (entry.list, entry.dtype) == (list, dtype)).cloned();
+            let entry = entry.with_context(|| format!("there is no list {list} {dtype}"))?;
             let left = budget.saturating_sub(started.elapsed());
             let fits = entry.layout().1 <= self.arena.capacity();
             if !fits || left.is_zero() {

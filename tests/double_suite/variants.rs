@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 #[path = "../../benches/variants/mod.rs"]
 #[allow(dead_code)]
-mod trials;
+pub mod trials;
 
 use trials::plans::{variants, What};
 use trials::{lists, rows, Trials};
@@ -28,6 +28,7 @@ fn tiny() -> Options {
         batch: Duration::ZERO,
         max_calls: 2,
         tries: 0,
+        warm_up: Duration::ZERO,
         ..Options::default()
     }
 }
