@@ -108,7 +108,7 @@ impl Check {
         Ok(Self {
             limits,
             clipper: Clipper::new(&arena.stream)?,
-            kernels: Kernels::new(context)?,
+            kernels: Kernels::new(context, &[])?,
             predictions: Predictions::read()?,
             lists: lists(),
             gpu: context.name()?,
@@ -218,21 +218,30 @@ impl Check {
             let times = rounds::measure(&mut both, &timed, cache, slice, &self.options)?;
             let rows = Rows { run: &self.run, pass: 1, entry, checked };
             let written = Written { rows, predictions: &self.predictions, gpu: &self.gpu, cache };
+            if of_cache.iter().any(|case| case.reads_gradients()) {
+                for ((limit, own), what) in LIMITS.iter().zip(&times).zip(&timed) {
+                    let ratio = record::ratio(own, &[*what], &timed, &times);
+                    write_both(lines, out, written.limit(*limit, own, ratio))?;
+                }
+            }
             for (case, own) in of_cache.iter().zip(&times[LIMITS.len()..]) {
                 let limits = case.op().map(|op| Case::Eager(op).limit().to_vec())?;
                 let limits = if case.reads_gradients() { limits } else { Vec::new() };
                 let limits: Vec<Timed> = limits.into_iter().map(Timed::Call).collect();
                 let share = record::ratio(own, &limits, &timed, &times);
-                let [line, row] = written.of(case, own, share)?;
-                writeln!(lines, "{line}")?;
-                writeln!(out, "{row}")?;
-                lines.flush()?;
-                out.flush()?;
+                write_both(lines, out, written.of(case, own, share)?)?;
             }
         }
         rounds::Subject::restore(&both)?;
         same_norm(&mut both)
     }
+}
+
+fn write_both(lines: &mut dyn Write, out: &mut dyn Write, [line, row]: [String; 2]) -> Result<()> {
+    writeln!(lines, "{line}")?;
+    writeln!(out, "{row}")?;
+    lines.flush()?;
+    Ok(out.flush()?)
 }
 
 /// What becomes of a measurement.
@@ -244,6 +253,18 @@ struct Written<'a> {
 }
 
 impl Written<'_> {
+    /// As [`of`](Self::of), of what the others are held against.
+    fn limit(&self, limit: Case, times: &Times, ratio: f64) -> [String; 2] {
+        let names = limit.names();
+        let row = self.rows.row(names, limit.passes(), ratio, times, self.cache);
+        let [_, name, _] = names;
+        let median = quantile(&times.gpu, 0.5);
+        let speed = number((limit.passes() * self.rows.entry.bytes()) as f64 / median / 1e3, 0);
+        let (entry, cache) = (self.rows.entry, self.cache.name());
+        let line = format!("limit: {entry}, {name}, {cache}: {} us, {speed} GB/s", number(median, 1));
+        [line, format!("{row},,us,,,limit")]
+    }
+
     /// A line to read, and the row of the record.
     fn of(&self, case: &Predicted, times: &Times, share: f64) -> Result<[String; 2]> {
         let interval = self.predictions.interval(case, self.gpu);

@@ -13,7 +13,7 @@ use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::CudaContext;
 use gradclip::cuda::Clipper;
 use gradclip::NormType;
-use kernels::{described, Change, Kernels};
+use kernels::{described, Change, Kernels, VARIANTS};
 use loaded::{Loaded, Mode, Outcome};
 use measure::arena::Arena;
 use measure::attempt::Device;
@@ -119,7 +119,7 @@ impl Trials {
             flush,
             clipper: Clipper::new(&arena.stream)?,
             arena,
-            kernels: Kernels::new(context)?,
+            kernels: Kernels::new(context, VARIANTS)?,
             cooperative,
             changes: described()?.changes,
             skipped: Vec::new(),
