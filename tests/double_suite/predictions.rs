@@ -11,10 +11,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 #[path = "../../benches/predictions/mod.rs"]
-mod predictions;
+mod checker;
 
-use predictions::predicted::{verdict, Interval, Predictions, Unit};
-use predictions::{header, Check};
+use checker::predicted::{verdict, Interval, Predictions, Unit};
+use checker::{header, Check};
 
 const H100: &str = "NVIDIA H100 80GB HBM3";
 const H200: &str = "NVIDIA H200";
@@ -34,7 +34,7 @@ fn tiny() -> Options {
 }
 
 /// Under the names of the lists, some that fibers get through; the largest does not fit.
-fn stand_ins(cases: &[predictions::predicted::Predicted]) -> Vec<Entry> {
+fn stand_ins(cases: &[checker::predicted::Predicted]) -> Vec<Entry> {
     let mut lists: Vec<Entry> = Vec::new();
     for case in cases {
         if lists.iter().any(|entry| (entry.list, entry.dtype) == (&case.list, &case.dtype)) {
@@ -165,7 +165,7 @@ fn a_verdict_is_that_of_the_interval() {
 fn intervals_are_those_of_the_file() {
     let predicted = Predictions::read().unwrap();
     let of = |gpu, names: [&str; 6]| {
-        let is = |case: &&predictions::predicted::Predicted| {
+        let is = |case: &&checker::predicted::Predicted| {
             [&case.list, &case.dtype, &case.op, &case.implementation, &case.mode, &case.cache] == names
         };
         let mut found = predicted.cases.iter().filter(is);
@@ -184,4 +184,41 @@ fn intervals_are_those_of_the_file() {
     assert_eq!(of(H100, partials("32768 partials")), both(12.0, 14.0));
     assert_eq!(of(H200, partials("524288 partials")), both(181.0, 200.0)); // 190 and 5 %
     assert_eq!(of(H100, ["1 GiB", "bf16", "norm", "norm alone", "eager", "warm"]), Some([Some(1.0), None]));
+}
+
+/// What was measured before the GPU was lost is there, and the list that lost it is named.
+#[test]
+fn a_lost_gpu_leaves_what_was_measured() {
+    let Some(double) = double::lock() else { return };
+    let predicted = Predictions::read().unwrap();
+    let run = |wanted: &dyn Fn(&str, &str) -> bool, crashes_at: Option<u64>| {
+        double.reset();
+        let context = cuda::context(0).unwrap();
+        let mut check = Check::new(&context, tiny()).unwrap();
+        check.lists = stand_ins(&predicted.cases);
+        let [mut lines, mut out] = [Kept::default(), Kept::default()];
+        double.reset_counters();
+        if let Some(index) = crashes_at {
+            double.crash_kernel(index, super::gpu_bench::ILLEGAL_ADDRESS);
+        }
+        let ran = check.all(wanted, Duration::from_secs(600), &mut lines, &mut out);
+        (ran.map_err(|error| error.to_string()), out.rows(), double.counters().kernels_run)
+    };
+    let (ran, first, kernels) = run(&|list, _| list == "32768 partials", None);
+    assert_eq!((ran, first.len()), (Ok(()), 1));
+    let (ran, rows, _) = run(&|list, _| list.ends_with("partials"), Some(kernels + 20));
+    let error = ran.unwrap_err();
+    assert!(error.starts_with("STOPPED at 524288 partials f32: "), "{error}");
+    assert_eq!(rows.len(), 1);
+    double.reset();
+}
+
+#[test]
+fn lists_without_time_are_left_out() {
+    let Some(_double) = double::lock() else { return };
+    let context = cuda::context(0).unwrap();
+    let check = Check::new(&context, tiny()).unwrap();
+    let [mut lines, mut out] = [Kept::default(), Kept::default()];
+    check.all(&|_, _| true, Duration::ZERO, &mut lines, &mut out).unwrap();
+    assert!(out.rows().is_empty() && lines.1.is_empty());
 }
