@@ -24,6 +24,7 @@ use predictions::Check;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 #[derive(Parser)]
@@ -62,12 +63,12 @@ struct Args {
     test: bool,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     shapes::check();
     let args = Args::parse();
     if args.export_lists {
         println!("{}", program::exported(&entries()));
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let context = match gradclip::cuda::context(0) {
         Ok(context) => context,
@@ -75,7 +76,7 @@ fn main() -> Result<()> {
             let required = std::env::var_os("GRADCLIP_REQUIRE_GPU").is_some_and(|value| value == "1");
             ensure!(!required, "GRADCLIP_REQUIRE_GPU=1, and no GPU can be used: {error}");
             println!("SKIPPED, not measured: {error}");
-            return Ok(());
+            return Ok(ExitCode::SUCCESS);
         }
     };
     let max_gib = args.max_gib.unwrap_or(if args.predictions { 1.0 } else { 16.0 });
@@ -88,11 +89,14 @@ fn main() -> Result<()> {
             Some(path) => Box::new(File::create(path)?),
             None => Box::new(std::io::sink()),
         };
-        return Check::new(&context, options)?.all(&named, budget, &mut std::io::stdout(), &mut out);
+        Check::new(&context, options)?.all(&named, budget, &mut std::io::stdout(), &mut out)?;
+        return Ok(ExitCode::SUCCESS);
     }
     let (mut bench, entries) = (Bench::new(&context, options)?, entries());
     if args.serve {
-        return program::serve(&mut bench, &entries, std::io::stdin().lock(), &mut std::io::stdout());
+        // Whoever asked has read why, if not.
+        let served = program::serve(&mut bench, &entries, std::io::stdin().lock(), &mut std::io::stdout())?;
+        return Ok(if served { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let wanted = |index: &usize| named(entries[*index].list, entries[*index].dtype);
     let wanted: Vec<usize> = (0..entries.len()).filter(wanted).collect();
@@ -100,5 +104,6 @@ fn main() -> Result<()> {
         Some(path) => Box::new(File::create(path)?),
         None => Box::new(std::io::stdout()),
     };
-    program::all(&mut bench, &entries, &wanted, budget, &mut out)
+    program::all(&mut bench, &entries, &wanted, budget, &mut out)?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -22,6 +22,10 @@ def interval(all, case, card, kernels):
     return [None if low is None else low * (1 - case["within"]), None if high is None else high * (1 + case["within"])]
 
 
+def kernels_of(all, case):
+    return all["kernels"]["value" if case["op"].startswith("value") else "norm"]
+
+
 def verdict(interval, unit, measured):
     if interval is None:
         return "no prediction"
@@ -43,9 +47,10 @@ def found(all, case, records):
         measured = record.worst(key, case["op"], case["implementation"], column, case["mode"], case["cache"], worst)
         if measured is None:
             continue
-        # A record of gpu_bench --predictions says of which kernels it is.
-        kernels = record.run.get("kernels") or all["kernels"]
-        judged = verdict(interval(all, case, record.run["gpu"], kernels), unit, measured)
+        row = record.rows[(*key, case["op"], case["implementation"], case["mode"], case["cache"])][0]
+        # A record of gpu_bench --predictions says which kernels it is of.
+        kernels = row.get("kernels") or kernels_of(all, case)
+        judged = verdict(interval(all, case, row["gpu"], kernels), unit, measured)
         return f"{quantity(measured, unit)}, " + (judged if judged == "confirmed" else f"**{judged}**")
     return "not measured"
 
@@ -70,7 +75,8 @@ def table(path_and_record, others):
     all, known = predictions(), [each for each in (path_and_record, *others) if each is not None]
     kernels = [f"*{name}*, {what}" for name, what in all["described"].items()]
     lines = [f"Microseconds, or a share of the plain read; {all['source'].split('; ')[0]}. The kernels are: {'; '.join(kernels)}. "
-             f"A number without a word is for *now*. The crate's kernels are *{all['kernels']}*, and judged as such.", ""]
+             f"A number without a word is for *now*. What is found is compared with *{all['kernels']['norm']}* for norms and clips "
+             f"by norm, and with *{all['kernels']['value']}* for clips by value: those are the crate's kernels.", ""]
     for path, record in known:
         run = record.run
         lines += [f"{run['gpu']}, driver {run['driver']}, commit {run['commit']}, {run['date']} "

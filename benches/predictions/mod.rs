@@ -279,7 +279,7 @@ impl Written<'_> {
         let passes = if case.reads_gradients() { case.op()?.passes() } else { 0 };
         let names = [case.op.as_str(), &case.implementation, &case.mode];
         let row = self.rows.row(names, passes, share, times, self.cache);
-        let row = format!("{row},{},{unit},{low},{high},{verdict}", self.predictions.kernels);
+        let row = format!("{row},{},{unit},{low},{high},{verdict}", self.predictions.kernels(case));
         let [p10, p90] = [0.1, 0.9].map(|at| number(quantile(&times.gpu, at), 1));
         let of_limit =
             if share.is_finite() { format!(", {} % of the limit", number(100.0 * share, 1)) } else { String::new() };

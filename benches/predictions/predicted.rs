@@ -8,8 +8,8 @@ use std::collections::HashMap;
 #[derive(Deserialize)]
 pub struct Predictions {
     cards: HashMap<String, Card>,
-    /// Which kernels the crate has: a key of each prediction.
-    pub kernels: String,
+    /// Which kernels the crate has, for a norm and for value clipping: keys of each prediction.
+    kernels: HashMap<String, String>,
     pub cases: Vec<Predicted>,
 }
 
@@ -59,10 +59,16 @@ impl Predictions {
         Ok(serde_json::from_str(include_str!("predictions.json"))?)
     }
 
+    /// Which prediction of the case is for the kernels that the crate has.
+    pub fn kernels(&self, case: &Predicted) -> &str {
+        let which = if case.op.starts_with("value") { "value" } else { "norm" };
+        self.kernels.get(which).map_or("", String::as_str)
+    }
+
     /// None where nothing is predicted for that card.
     pub fn interval(&self, case: &Predicted, card: &str) -> Option<Interval> {
         let (key, _) = self.cards.iter().find(|(_, known)| known.name == card)?;
-        let ends = case.predicted.get(key)?.get(&self.kernels)?;
+        let ends = case.predicted.get(key)?.get(self.kernels(case))?;
         let (low, high) = (*ends.first()?, *ends.last()?);
         Some(Interval {
             low: low.map(|low| low * (1.0 - case.within)),

@@ -52,7 +52,7 @@ fn connected(listener: &TcpListener, python: &mut Child) -> Option<TcpStream> {
     None
 }
 
-/// What the script printed and wrote, and whether the bench ended well.
+/// What the script printed and wrote, and whether the bench answered all that was asked.
 struct Ran {
     output: Output,
     errors: String,
@@ -69,7 +69,7 @@ impl Ran {
 }
 
 /// `serves`: how the requests are answered.
-fn run(name: &str, environment: &[(&str, &str)], serves: impl FnOnce(TcpStream) -> anyhow::Result<()>) -> Ran {
+fn run(name: &str, environment: &[(&str, &str)], serves: impl FnOnce(TcpStream) -> anyhow::Result<bool>) -> Ran {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("torch_gpu_{name}"));
     fs::create_dir_all(&folder).unwrap();
@@ -89,7 +89,7 @@ fn run(name: &str, environment: &[(&str, &str)], serves: impl FnOnce(TcpStream) 
     let served = stream.map(serves);
     let output = python.wait_with_output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    let served = served.unwrap_or_else(|| panic!("{errors}")).is_ok();
+    let served = served.unwrap_or_else(|| panic!("{errors}")).unwrap();
     let text = fs::read_to_string(&record).unwrap();
     let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
     let columns = lines.next().unwrap();
@@ -181,7 +181,7 @@ fn what_fails_is_named_and_takes_nothing_else() {
         let row = vec!["x"; super::gpu_bench::measure::record::HEADER.split(',').count()].join(",");
         writeln!(stream, "ready\n{row}")?;
         stream.shutdown(std::net::Shutdown::Write)?;
-        Ok(())
+        Ok(true)
     });
     assert_eq!(ran.output.status.code(), Some(1), "{}", ran.errors);
     assert!(ran.errors.contains("has ended while it measured several f32"), "{}", ran.errors);
