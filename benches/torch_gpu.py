@@ -4,13 +4,15 @@
     benches/torch_gpu.py --bench BINARY --budget 240 --out record.csv
 
 BINARY is that of `cargo bench --bench gpu`. It stays open and measures when it is asked to (`--serve`), so that both
-meet the same clocks. Columns and method are those of benches/measure: time between two events on the GPU with work
+meet the same clocks. The lists that a bar names come first. Rows are written as they are made. A list that fails is named,
+and the others are measured; where gradclip's side has lost the GPU, or ended, it stops there. Exits with 1 after either. Columns and method are those of benches/measure: time between two events on the GPU with work
 before the first, the call by the clock on an idle stream, rounds in which every case comes once.
 
 What users of candle and of tch have, one tensor after the other, cannot be measured itself on a machine without Rust's
 CUDA builds of them; the rows `torch: tch's sequence` and `torch: candle's sequence` are the same operations in the same
 order with the same waits, by PyTorch, from Python. Its kernels are the ones tch calls; candle's own are others. As these
-take milliseconds, they are measured eager, warm, and on lists of up to 3000 tensors.
+take milliseconds, they are measured eager, warm, and on lists of up to 3000 tensors; and as no bar asks for them, after all
+lists that one names.
 
 `--device cpu` runs PyTorch's side on the CPU, by the clock: it tries out this script, and measures nothing.
 """
@@ -23,6 +25,8 @@ import subprocess
 import sys
 import time
 
+STARTED = time.perf_counter()  # before PyTorch is imported, which takes seconds of the budget
+
 import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
@@ -32,7 +36,7 @@ FEWEST_ROUNDS = 3  # of what takes long: 18,867 tensors
 BATCH_US, MAX_CALLS = 300, 100  # Options in benches/measure/mod.rs
 COLD_BYTES = 512 << 20
 MOST_IN_SEQUENCE = 3000  # tensors, where each is some launches and maybe a wait
-TOO_MANY = 2**31 - 1  # elements of a tensor: PyTorch reads out of bounds beyond (pytorch#169930)
+MOST_SECONDS = 3  # of one list
 
 
 class ClockEvent:
@@ -92,9 +96,12 @@ class Torch:
         self.flush_buffer.zero_()
         self.flush_buffer.sum()
 
+    def norm(self):
+        return self.sigma * self.flat.numel()**0.5  # next to exactly
+
     def cases(self):
         """(op, implementation, mode, call, whether the gradients have to be restored before)"""
-        norm = self.sigma * self.flat.numel()**0.5  # next to exactly
+        norm = self.norm()
         calls = [
             ("limit", "torch copy", lambda: self.grads[:self.bytes].copy_(self.spare[:self.bytes]), False),
             ("norm", "torch", lambda: get_total_norm(self.views, 2.0, foreach=True), False),
@@ -107,7 +114,6 @@ class Torch:
             if op.startswith("value"):
                 call = lambda bound=bound: clip_grad_value_(self.params, bound, foreach=True)
                 calls.append((op, "torch", call, not op.startswith("value; 0")))
-        calls += self.sequences(norm)
         cases = [(op, implementation, "eager", call, restored) for op, implementation, call, restored in calls]
         if self.cuda:
             for op, implementation, call, restored in calls:
@@ -118,10 +124,9 @@ class Torch:
         self.restore()
         return cases
 
-    def sequences(self, norm):
+    def sequences(self):
         """What nn::Optimizer of tch 0.24 to 0.26 does, and what candle's users write (benches/support/cases.rs)."""
-        if len(self.views) > MOST_IN_SEQUENCE:
-            return []
+        norm = self.norm()
 
         def tch_norm(max_norm):
             total = torch.stack([view.norm() for view in self.views]).norm().item()  # waits
@@ -156,7 +161,7 @@ class Torch:
                 changes = not op.startswith("value; 0")
                 calls += [(op, tch, lambda bound=bound: tch_value(bound), changes),
                           (op, candle, lambda bound=bound: candle_value(bound), False)]
-        return calls
+        return [(op, implementation, "eager", call, restored) for op, implementation, call, restored in calls]
 
     def capture(self, op, call):
         """The call as a graph. None where PyTorch cannot capture it."""
@@ -222,14 +227,12 @@ class Torch:
                         column.append(took)
         return calls, times
 
-    def rows(self, entry, run, seconds):
-        """One dict for each case."""
+    def rows(self, entry, run, seconds, sequences):
+        """One dict for each case: of the sequences, or of all others."""
         passes = {"limit": 2, "norm": 1, "clip; within": 1, "clip": 3, "value; 0 % outside": 1}
-        cases = self.cases()
-        caches = ["warm", "cold"] if self.span <= COLD_BYTES else ["warm"]
+        cases = self.sequences() if sequences else self.cases()
+        caches = ["warm", "cold"] if self.span <= COLD_BYTES and not sequences else ["warm"]
         for cache in caches:
-            if cache == "cold":
-                cases = [case for case in cases if "sequence" not in case[1]]
             calls, times = self.measure(cases, cache, seconds / len(caches))
             for case, count, (gpu, host, done) in zip(cases, calls, times):
                 median = quantile(gpu, 0.5)
@@ -266,6 +269,10 @@ def quantile(values, at):
     return sorted(values)[round((len(values) - 1) * at)]
 
 
+class Stopped(Exception):
+    """gradclip's side measures nothing more."""
+
+
 class Gradclip:
     """The bench's binary, which measures what it is asked to."""
 
@@ -276,80 +283,142 @@ class Gradclip:
         if first != "ready":
             sys.exit(first or f"{binary} ended without a word")
 
-    def measure(self, number, seconds, index):
-        self.process.stdin.write(f"{number} {seconds:.3f} {index}\n")
-        self.process.stdin.flush()
-        rows = []
-        while True:
-            line = self.process.stdout.readline()
-            if not line:
-                sys.exit("the bench of gradclip has ended")
-            line = line.strip()
+    def measure(self, number, seconds, index, name, write):
+        """Each row to `write` as it comes. False where the list failed."""
+        try:
+            self.process.stdin.write(f"{number} {seconds:.3f} {index}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise Stopped(f"the bench of gradclip has ended before {name}") from None
+        while line := self.process.stdout.readline().strip():
             if line == "done":
-                return rows
+                return True
             if line.startswith("failed "):
-                print(f"FAILED: {line.removeprefix('failed ')}", file=sys.stderr)
-                return None
-            rows.append(line)
+                print(f"FAILED {name}: {line.removeprefix('failed ')}", file=sys.stderr)
+                return False
+            if line.startswith("stopped "):
+                raise Stopped(line)
+            write(line)
+        raise Stopped(f"the bench of gradclip has ended while it measured {name}")
+
+    def close(self):
+        self.process.stdin.close()
+        return self.process.wait()
+
+
+def jobs_of(lists, weighted):
+    """(index, list, whether it is the sequences that are measured): what a bar names, then its sequences, then the rest."""
+    with_sequences = lambda entry: len(entry["numels"]) <= MOST_IN_SEQUENCE
+    parts = [[job for job in lists if job[0] < weighted], [job for job in lists if job[0] >= weighted]]
+    for part in parts:
+        yield from ((index, entry, False) for index, entry in part)
+        yield from ((index, entry, True) for index, entry in part if with_sequences(entry))
+
+
+class Run:
+    """Both sides, list by list, in the time that there is."""
+
+    def __init__(self, args, export, ours, theirs, out):
+        self.args, self.export, self.ours, self.theirs, self.out = args, export, ours, theirs, out
+        self.failed, self.run = False, None
+        self.out.write(export["header"] + "\n")
+        self.writer = csv.DictWriter(out, export["header"].split(","), lineterminator="\n")
+
+    def all(self, lists):
+        jobs = list(jobs_of(lists, self.export["weighted"]))
+        for done, (index, entry, sequences) in enumerate(jobs):
+            name = f"{entry['list']} {entry['dtype']}" + (", sequences" if sequences else "")
+            left = self.args.budget - (time.perf_counter() - STARTED)
+            # Half a slice for the second pass; a third goes to what is not counted.
+            named = lambda i, sequences: i < self.export["weighted"] and not sequences
+            weights = [self.export["weight"] if named(i, late) else 1 for i, _, late in jobs[done:]]
+            seconds = min(left * weights[0] / sum(weights) / 2.5 * 0.66, MOST_SECONDS)
+            why = self.why_not(entry, sequences, left)
+            if why:
+                print(f"SKIPPED {name}: {why}", file=sys.stderr)
+                continue
+            if sequences:
+                self.torch(entry, name, seconds, True)
+            else:
+                self.list(index, entry, name, seconds)
+            print(f"{time.perf_counter() - STARTED:6.1f} s  {name}", file=sys.stderr)
+
+    def why_not(self, entry, sequences, left):
+        if left <= 0:
+            return "the time is over"
+        if layout(entry, self.export["align"])[1] > int(self.args.max_gib * (1 << 30)):
+            return f"it does not fit into {self.args.max_gib:g} GiB"
+        if sequences and (self.theirs is None or self.run is None):
+            return "there is nothing to compare it with"
+        return None
+
+    def list(self, index, entry, name, seconds):
+        if not self.ours.measure(1, seconds, index, name, self.row):
+            self.failed = True
+            return
+        if max(entry["numels"]) > self.export["most_elements"]:
+            print(f"SKIPPED {name} with torch: it takes no more than {self.export['most_elements']} elements", file=sys.stderr)
+        elif self.theirs is not None:
+            self.torch(entry, name, seconds, False)
+            self.failed |= not self.ours.measure(2, seconds / 2, index, name, self.row)
+
+    def row(self, line):
+        self.out.write(line + "\n")
+        self.out.flush()
+        fields = next(csv.reader([line]))
+        self.run = dict(zip(("gpu", "driver", "date", "commit"), fields))
+
+    def torch(self, entry, name, seconds, sequences):
+        try:
+            self.theirs.load(entry)
+            for row in self.theirs.rows(entry, self.run, seconds, sequences):
+                self.writer.writerow(row)
+                self.out.flush()
+            self.theirs.unload()
+        except RuntimeError as error:  # as all errors of CUDA's are here, and too little memory
+            self.failed = True
+            print(f"FAILED {name} with torch: {str(error).splitlines()[0]}", file=sys.stderr)
+            try:
+                self.theirs.unload()
+                self.theirs.synchronize()
+            except RuntimeError:
+                self.theirs = None
+                print("PyTorch has lost the GPU: gradclip alone from here on", file=sys.stderr)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", required=True, help="the binary of `cargo bench --bench gpu`")
-    parser.add_argument("--budget", type=float, default=240, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=240, help="seconds for everything, the start of PyTorch included")
     parser.add_argument("--out", required=True, help="file for the rows")
     parser.add_argument("--max-gib", type=float, default=16, help="of gradients; each side allocates it twice")
     parser.add_argument("--list", default="", help="only lists whose name contains this")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
 
-    started = time.perf_counter()
     export = json.loads(subprocess.run([args.bench, "--export-lists"], check=True, capture_output=True).stdout)
-    header = export["header"].split(",")
     lists = [(i, entry) for i, entry in enumerate(export["lists"]) if args.list in entry["list"]]
     ours = Gradclip(args.bench, args.max_gib)
     max_bytes = int(args.max_gib * (1 << 30)) // export["align"] * export["align"]
-    theirs = Torch(args.device, header, max_bytes, export["align"], export["sigma"], dict(export["bounds"]))
     print(f"PyTorch {torch.__version__}", file=sys.stderr)
-    failed = False
+    try:
+        theirs = Torch(args.device, export["header"].split(","), max_bytes, export["align"], export["sigma"],
+                       dict(export["bounds"]))
+    except RuntimeError as error:
+        theirs = None
+        print(f"FAILED to start PyTorch, gradclip alone: {str(error).splitlines()[0]}", file=sys.stderr)
     gc.disable()
     torch.set_grad_enabled(False)
     with open(args.out, "w", newline="") as out:
-        out.write(export["header"] + "\n")
-        writer = csv.DictWriter(out, header, lineterminator="\n")
-        for done, (index, entry) in enumerate(lists):
-            name = f"{entry['list']} {entry['dtype']}"
-            left = args.budget - (time.perf_counter() - started)
-            # Half a slice for the second pass; a third goes to what is not counted.
-            weights = [export["weight"] if i < export["weighted"] else 1 for i, _ in lists[done:]]
-            seconds = min(left * weights[0] / sum(weights) / 2.5 * 0.66, 3)
-            if left <= 0:
-                print(f"SKIPPED {name}: the time is over", file=sys.stderr)
-                continue
-            if layout(entry, export["align"])[1] > max_bytes:
-                print(f"SKIPPED {name}: it does not fit into {args.max_gib:g} GiB", file=sys.stderr)
-                continue
-            rows = ours.measure(1, seconds, index)
-            if rows is None:
-                failed = True
-                continue
-            out.writelines(row + "\n" for row in rows)
-            run = dict(zip(header, next(csv.reader(rows[:1]))))
-            run = {column: run[column] for column in ("gpu", "driver", "date", "commit")}
-            if max(entry["numels"]) > TOO_MANY:
-                print(f"SKIPPED {name} with torch: it reads out of bounds beyond 2^31 elements", file=sys.stderr)
-            else:
-                theirs.load(entry)
-                writer.writerows(theirs.rows(entry, run, seconds))
-                theirs.unload()
-                second = ours.measure(2, seconds / 2, index)
-                failed = failed or second is None
-                out.writelines(row + "\n" for row in second or [])
-            out.flush()
-            print(f"{time.perf_counter() - started:6.1f} s  {name}", file=sys.stderr)
-    ours.process.stdin.close()
-    ours.process.wait()
-    sys.exit(failed)
+        run = Run(args, export, ours, theirs, out)
+        run.failed = theirs is None
+        try:
+            run.all(lists)
+        except Stopped as why:
+            run.failed = True
+            print(f"STOPPED: {why}", file=sys.stderr)
+    code = ours.close()
+    sys.exit(run.failed or code != 0)
 
 
 if __name__ == "__main__":

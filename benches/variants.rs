@@ -12,8 +12,9 @@ mod measure;
 #[path = "variants/mod.rs"]
 mod trials;
 
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use clap::Parser;
+use measure::attempt::{attempt, Failed};
 use measure::Options;
 use std::io::Write;
 use std::path::PathBuf;
@@ -88,7 +89,7 @@ fn main() -> Result<()> {
             }
             if !trials.fits(&entry) || started.elapsed() >= deadline {
                 let why = if trials.fits(&entry) { "the time is over" } else { "it does not fit" };
-                eprintln!("SKIPPED {} {}: {why}", entry.list, entry.dtype);
+                eprintln!("SKIPPED {entry}: {why}");
                 continue;
             }
             let mut write = |row: rows::Row| {
@@ -99,12 +100,17 @@ fn main() -> Result<()> {
                 }
                 Ok(())
             };
-            // The other lists may do all the same, and what was measured stays.
-            if let Err(error) = trials.measure(&entry, &changes, SLICE, started + deadline, &mut write) {
-                eprintln!("FAILED {} {}: {error:#}", entry.list, entry.dtype);
-                failed = true;
+            let measured =
+                attempt(&mut trials, |trials| trials.measure(&entry, &changes, SLICE, started + deadline, &mut write));
+            match measured {
+                Ok(()) => {}
+                Err(Failed::List(why)) => {
+                    eprintln!("FAILED {entry}: {why}");
+                    failed = true;
+                }
+                Err(Failed::Everything(why)) => bail!("STOPPED at {entry}: {why}"),
             }
-            eprintln!("{:6.1} s  {} {}", started.elapsed().as_secs_f64(), entry.list, entry.dtype);
+            eprintln!("{:6.1} s  {entry}", started.elapsed().as_secs_f64());
         }
     }
     ensure!(!failed && trials.failed.is_empty(), "not all could be measured");

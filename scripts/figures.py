@@ -3,9 +3,11 @@
 
     scripts/figures.py            writes them
     scripts/figures.py --check    fails where a page says something else
+    scripts/figures.py --records FOLDER --show NAME    prints one, of other records
 
 They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Records are called cpu-DATE.csv, before-after-DATE.csv,
-gpu-NAME-DATE.csv and variants-NAME-DATE.csv; the predictions are those of benches/variants/variants.json.
+gpu-NAME-DATE.csv, predictions-NAME-DATE.csv and variants-NAME-DATE.csv; the predictions are those of
+benches/predictions/predictions.json and benches/variants/variants.json.
 scripts/plots.py draws the pictures, of the same records.
 """
 
@@ -16,6 +18,7 @@ from pathlib import Path
 from statistics import quantiles
 
 from record_to_tables import bars_table, found, lists_table, quotient, read, rows_of
+from predictions import table as predicted_times
 from variants import described
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +181,7 @@ def blocks():
                          lists_table(gpu[1]) + "\n\n" + picture("gpu", "images/", "tensors"),
             "cpu-plain": plain_before_and_after(newest("before-after", rows_of)),
             "cpu-telemetry": telemetry(cpu),
+            "predicted-times": predicted_times(newest("predictions"), [gpu]),
             "predictions": predictions(newest("variants", rows_of)),
         },
     }
@@ -186,7 +190,17 @@ def blocks():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
+    parser.add_argument("--records", type=Path, help="folder of the records; needs --show")
+    parser.add_argument("--show", metavar="NAME", help="print this one, write nothing")
+    args = parser.parse_args()
+    check = args.check
+    if args.show:
+        global RECORDS
+        RECORDS = args.records or RECORDS
+        print({name: text for texts in blocks().values() for name, text in texts.items()}[args.show])
+        return
+    if args.records:
+        parser.error("--records needs --show")
     differ = []
     for page, texts in blocks().items():
         old = new = page.read_text()

@@ -2,6 +2,9 @@
 //! `scripts/figures.py` has made them. `scripts/figures.py --check` compares all of the pages; this needs no Python.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "figures/made_up.rs"]
+mod made_up;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -61,9 +61,11 @@ mod double {
     pub mod lifetimes;
     #[cfg(feature = "nccl")]
     pub mod nccl;
+    pub mod predictions;
     pub mod raw;
     pub mod streams;
     pub mod threads;
+    pub mod torch_gpu;
     pub mod traffic;
     pub mod variants;
 }

@@ -61,6 +61,10 @@ impl Op {
         }
     }
 
+    pub fn is_value(self) -> bool {
+        matches!(self, Self::Value0 | Self::Value1 | Self::Value100)
+    }
+
     /// Whether a second call would find less to do than the first.
     pub fn needs_restored(self) -> bool {
         matches!(self, Self::Value1 | Self::Value100)
@@ -160,7 +164,7 @@ impl Case {
 
 /// One list on the device, and all that its cases need.
 pub struct Loaded<'a> {
-    arena: &'a mut Arena,
+    arena: &'a Arena,
     graphs: Vec<(Op, CudaGraph)>,
     clipper: &'a mut Clipper,
     grads: Vec<RawGrad>,
@@ -173,12 +177,13 @@ pub struct Loaded<'a> {
 }
 
 impl<'a> Loaded<'a> {
-    /// The arena is filled with the list's type.
+    /// The arena is filled with the list's type. `ops` are what can be timed: each is captured.
     pub fn new(
-        arena: &'a mut Arena,
+        arena: &'a Arena,
         clipper: &'a mut Clipper,
         limits: &Limits,
         entry: &Entry,
+        ops: &[Op],
         tries: usize,
     ) -> Result<Self> {
         let (bytes, (_, span)) = (entry.bytes(), entry.layout());
@@ -187,7 +192,7 @@ impl<'a> Loaded<'a> {
         let mut grads = arena.grads(entry);
         let norm = clipper.total_norm(&grads, NormType::L2)?.wait()?.total_norm;
         let mut graphs = Vec::new();
-        for op in Op::ALL {
+        for &op in ops {
             enqueue(clipper, &mut grads, op, norm)?; // before it is captured: the workspace has to be there
             arena.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
             let captured = enqueue(clipper, &mut grads, op, norm);
@@ -199,6 +204,14 @@ impl<'a> Loaded<'a> {
         }
         arena.restore(span)?;
         Ok(Self { arena, graphs, clipper, grads, norm, bytes, span, read, update, flush })
+    }
+}
+
+impl Loaded<'_> {
+    /// Reads what was written to empty the cache.
+    #[allow(dead_code)] // the predictions use it
+    pub fn flush_launch(&self) -> Launch {
+        self.flush.clone()
     }
 }
 
@@ -231,7 +244,7 @@ impl Subject for Loaded<'_> {
             Case::Copy => self.arena.restore(self.bytes),
             Case::Eager(op) => enqueue(self.clipper, &mut self.grads, op, self.norm),
             Case::Graph(op) => {
-                let graph = self.graphs.iter().find(|(of, _)| *of == op).context("every verb was captured")?;
+                let graph = self.graphs.iter().find(|(of, _)| *of == op).context("it was not captured")?;
                 Ok(graph.1.launch()?)
             }
         }

@@ -4,6 +4,7 @@ use super::arena::Arena;
 use anyhow::Result;
 use cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
+use std::time::{Duration, Instant};
 
 /// Of each block. `tests/double/bench_kernels.cpp` knows it too.
 const THREADS: u32 = 256;
@@ -43,6 +44,23 @@ impl Limits {
             ],
             updates: vec![kernel("update_tiles", 4)?, kernel("update_tiles", 8)?],
         })
+    }
+
+    /// Reads for that long. A GPU that was idle runs at a fraction of its clocks, and takes a while to raise them.
+    pub fn warm_up(&self, arena: &Arena, time: Duration) -> Result<()> {
+        const MOST: usize = 1 << 30;
+        let (started, bytes) = (Instant::now(), arena.capacity().min(MOST));
+        let Some(Kernel { function, .. }) = self.reads.first() else { return Ok(()) };
+        let read =
+            Launch { function: function.clone(), blocks: 8 * arena.multiprocessors, third: arena.flush_address() };
+        while started.elapsed() < time {
+            // Some 3 ms at 3 TB/s: the GPU does not wait for the host.
+            for _ in 0..8 {
+                read.run(arena, arena.address(), bytes)?;
+            }
+            arena.stream.synchronize()?;
+        }
+        Ok(())
     }
 
     /// The launches for a plain read and a plain update of `bytes` that took the least time of those tried.

@@ -1,10 +1,12 @@
 //! The measuring of `benches/gpu.rs`. A test runs it on the driver double.
 
 pub mod arena;
+pub mod attempt;
 pub mod cases;
 pub mod check;
 pub mod limits;
 pub mod lists;
+pub mod program;
 pub mod record;
 pub mod rounds;
 #[path = "../support/shapes.rs"]
@@ -12,6 +14,7 @@ pub mod shapes;
 
 use anyhow::{ensure, Result};
 use arena::Arena;
+use attempt::Device;
 use cases::{Case, Loaded, Op};
 use cudarc::driver::CudaContext;
 use gradclip::cuda::Clipper;
@@ -42,6 +45,8 @@ pub struct Options {
     pub max_calls: usize,
     /// Times that each launch of a limit is tried.
     pub tries: usize,
+    /// Reads before the first list is measured.
+    pub warm_up: Duration,
 }
 
 impl Default for Options {
@@ -57,6 +62,7 @@ impl Default for Options {
             batch: Duration::from_micros(300),
             max_calls: 100,
             tries: 3,
+            warm_up: Duration::from_secs(1),
         }
     }
 }
@@ -66,6 +72,7 @@ pub struct Bench {
     clipper: Clipper,
     /// Reports of the clipper that a graph has taken for good.
     captured: usize,
+    warm: bool,
     arena: Arena,
     limits: Limits,
     run: String,
@@ -77,18 +84,28 @@ impl Bench {
         let arena = Arena::new(context, options.max_bytes, options.flush)?;
         let limits = Limits::load(&arena)?;
         let clipper = Clipper::new(&arena.stream)?;
-        Ok(Self { clipper, captured: 0, arena, limits, run: record::run_columns(context), options })
+        Ok(Self { clipper, captured: 0, warm: false, arena, limits, run: record::run_columns(context), options })
     }
 
     pub fn fits(&self, entry: &Entry) -> bool {
         entry.layout().1 <= self.arena.capacity()
     }
 
-    /// The rows of one list, in about the time that `slice` says. `pass` tells two measurements of one list apart; only
-    /// the first is checked.
-    pub fn measure(&mut self, entry: &Entry, pass: u32, slice: Duration) -> Result<Vec<String>> {
+    /// Writes the rows of one list as they are made, in about the time that `slice` says. `pass` tells two measurements of
+    /// one list apart; only the first is checked.
+    pub fn measure(
+        &mut self,
+        entry: &Entry,
+        pass: u32,
+        slice: Duration,
+        write: &mut dyn FnMut(&str) -> Result<()>,
+    ) -> Result<()> {
         let (_, span) = entry.layout();
-        ensure!(self.fits(entry), "{} {} needs {span} bytes", entry.list, entry.dtype);
+        ensure!(self.fits(entry), "{entry} needs {span} bytes");
+        if !std::mem::replace(&mut self.warm, true) {
+            // Here and not in `new`: PyTorch is started in between.
+            self.limits.warm_up(&self.arena, self.options.warm_up)?;
+        }
         self.arena.fill(entry.dtype(), span)?;
         self.captured += Op::ALL.len();
         if self.captured > REPORTS_KEPT / 2 {
@@ -97,14 +114,20 @@ impl Bench {
         }
         let checked =
             if pass == 1 { check::check(&self.arena, &mut self.clipper, entry, &self.options)? } else { "no" };
-        let mut loaded = Loaded::new(&mut self.arena, &mut self.clipper, &self.limits, entry, self.options.tries)?;
+        let mut loaded =
+            Loaded::new(&self.arena, &mut self.clipper, &self.limits, entry, &Op::ALL, self.options.tries)?;
         let (cases, rows) = (Case::all(), Rows { run: &self.run, pass, entry, checked });
         let caches = if span <= self.options.cold { &[Cache::Warm, Cache::Cold][..] } else { &[Cache::Warm] };
-        let mut written = Vec::new();
         for cache in caches {
             let times = rounds::measure(&mut loaded, &cases, *cache, slice / caches.len() as u32, &self.options)?;
-            written.extend(rows.write(&cases, &times, *cache));
+            rows.all(&cases, &times, *cache).iter().try_for_each(|row| write(row))?;
         }
-        Ok(written)
+        Ok(())
+    }
+}
+
+impl Device for Bench {
+    fn is_alive(&self) -> bool {
+        self.arena.is_alive()
     }
 }

@@ -38,40 +38,51 @@ pub struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    pub fn write(&self, cases: &[Case], all: &[Times], cache: Cache) -> Vec<String> {
-        let bytes = self.entry.bytes();
+    pub fn all(&self, cases: &[Case], all: &[Times], cache: Cache) -> Vec<String> {
         let row = |(case, times): (&Case, &Times)| {
-            let ratio = |round: usize| {
-                let of =
-                    |limit: &Case| cases.iter().position(|case| case == limit).map_or(f64::NAN, |i| all[i].gpu[round]);
-                case.limit().iter().map(of).sum::<f64>() / times.gpu[round]
-            };
-            let median_us = quantile(&times.gpu, 0.5);
-            let speed = (case.passes() * bytes) as f64 / median_us / 1e3;
-            let ratios: Vec<f64> = (0..times.gpu.len()).map(ratio).collect();
-            let [op, implementation, mode] = case.names();
-            format!(
-                "{},{},{},{},{bytes},{},{op},{implementation},{mode},{},{},{},{},{},{},{},{},{},{},{}",
-                self.run,
-                self.pass,
-                self.entry.list,
-                self.entry.numels.len(),
-                self.entry.dtype,
-                cache.name(),
-                times.gpu.len(),
-                times.calls,
-                number(median_us, 3),
-                number(quantile(&times.gpu, 0.1), 3),
-                number(quantile(&times.gpu, 0.9), 3),
-                number(speed, 1),
-                number(quantile(&ratios, 0.5), 4),
-                number(quantile(&times.host, 0.5), 2),
-                number(quantile(&times.done, 0.5), 2),
-                self.checked,
-            )
+            let limit = ratio(times, case.limit(), cases, all);
+            self.row(case.names(), case.passes(), limit, times, cache)
         };
         cases.iter().zip(all).map(row).collect()
     }
+
+    /// `passes`: times that the gradients' bytes move. `ratio`: of the limit's time to this one.
+    pub fn row(&self, names: [&str; 3], passes: usize, ratio: f64, times: &Times, cache: Cache) -> String {
+        let (bytes, [op, implementation, mode]) = (self.entry.bytes(), names);
+        let median_us = quantile(&times.gpu, 0.5);
+        let speed = if passes > 0 { (passes * bytes) as f64 / median_us / 1e3 } else { f64::NAN };
+        format!(
+            "{},{},{},{},{bytes},{},{op},{implementation},{mode},{},{},{},{},{},{},{},{},{},{},{}",
+            self.run,
+            self.pass,
+            self.entry.list,
+            self.entry.numels.len(),
+            self.entry.dtype,
+            cache.name(),
+            times.gpu.len(),
+            times.calls,
+            number(median_us, 3),
+            number(quantile(&times.gpu, 0.1), 3),
+            number(quantile(&times.gpu, 0.9), 3),
+            number(speed, 1),
+            number(ratio, 4),
+            number(quantile(&times.host, 0.5), 2),
+            number(quantile(&times.done, 0.5), 2),
+            self.checked,
+        )
+    }
+}
+
+/// Time of the limits together over that of the case, the median over the rounds. NaN where there is no limit.
+pub fn ratio<C: PartialEq>(times: &Times, limits: &[C], cases: &[C], all: &[Times]) -> f64 {
+    let of = |limit: &C, round: usize| {
+        cases.iter().position(|case| case == limit).map_or(f64::NAN, |index| all[index].gpu[round])
+    };
+    let of_round = |round: usize| limits.iter().map(|limit| of(limit, round)).sum::<f64>() / times.gpu[round];
+    if limits.is_empty() {
+        return f64::NAN;
+    }
+    quantile(&(0..times.gpu.len()).map(of_round).collect::<Vec<_>>(), 0.5)
 }
 
 /// Nothing where there is no number: a clock may have stood still.

@@ -9,13 +9,20 @@ use serde::Deserialize;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// By stem: the crate's snapshot, and what is beside this file.
-const TEXTS: [(&str, &str); 12] = [
+/// PTX by its stem.
+pub type Texts = &'static [(&'static str, &'static str)];
+
+/// The crate's snapshot.
+const CRATE: Texts = &[
     ("clamp", include_str!("../../kernels/prebuilt/clamp.ptx")),
     ("clip_coef", include_str!("../../kernels/prebuilt/clip_coef.ptx")),
     ("norm_partials", include_str!("../../kernels/prebuilt/norm_partials.ptx")),
     ("scale", include_str!("../../kernels/prebuilt/scale.ptx")),
     ("scoped_stats", include_str!("../../kernels/prebuilt/scoped_stats.ptx")),
+];
+
+/// What is beside this file. Not in a program that does not ask for it: 3 MB.
+pub const VARIANTS: Texts = &[
     ("cooperative", include_str!("cooperative.ptx")),
     ("last_block", include_str!("last_block.ptx")),
     ("norm_async", include_str!("norm_async.ptx")),
@@ -23,8 +30,8 @@ const TEXTS: [(&str, &str); 12] = [
     ("norm_loads", include_str!("norm_loads.ptx")),
     ("second_pass", include_str!("second_pass.ptx")),
     ("stats_loads_first", include_str!("stats_loads_first.ptx")),
+    ("wide", include_str!("wide.ptx")),
 ];
-const WIDE: (&str, &str) = ("wide", include_str!("wide.ptx"));
 
 #[derive(Deserialize)]
 pub struct Described {
@@ -53,9 +60,9 @@ pub fn described() -> Result<Described> {
 }
 
 impl Kernel {
-    /// What is loaded.
-    pub fn text(&self) -> Result<String> {
-        let (_, whole) = TEXTS.iter().chain([&WIDE]).find(|(stem, _)| *stem == self.ptx).context("no such PTX")?;
+    /// What is loaded, of the crate's PTX or of `more`.
+    pub fn text(&self, more: Texts) -> Result<String> {
+        let (_, whole) = CRATE.iter().chain(more).find(|(stem, _)| *stem == self.ptx).context("no such PTX")?;
         let mut text = only(whole, &self.entry)?;
         for (old, new) in &self.replace {
             ensure!(text.contains(old), "{}: there is no {old:?} in {}", self.name, self.ptx);
@@ -83,6 +90,7 @@ fn target_of(text: &str) -> Option<i32> {
 pub struct Kernels {
     context: Arc<CudaContext>,
     described: Vec<Kernel>,
+    more: Texts,
     loaded: HashMap<String, CudaFunction>,
     capability: i32,
 }
@@ -91,14 +99,15 @@ pub struct Kernels {
 pub type Found = std::result::Result<CudaFunction, String>;
 
 impl Kernels {
-    pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
+    /// The crate's, and those of which `more` has the PTX.
+    pub fn new(context: &Arc<CudaContext>, more: Texts) -> Result<Self> {
         use CUdevice_attribute::{
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
         };
         let capability = context.attribute(MAJOR)? * 10 + context.attribute(MINOR)?;
         let described = described()?.kernels;
-        Ok(Self { context: context.clone(), described, loaded: HashMap::new(), capability })
+        Ok(Self { context: context.clone(), described, more, loaded: HashMap::new(), capability })
     }
 
     pub fn get(&mut self, name: &str) -> Result<Found> {
@@ -107,7 +116,7 @@ impl Kernels {
         }
         let kernel = self.described.iter().find(|kernel| kernel.name == name);
         let kernel = kernel.with_context(|| format!("variants.json has no kernel {name}"))?;
-        let text = kernel.text()?;
+        let text = kernel.text(self.more)?;
         let needed = target_of(&text).with_context(|| format!("{name} names no target"))?;
         if self.capability < needed {
             let version = |number: i32| format!("{}.{}", number / 10, number % 10);

@@ -95,7 +95,7 @@ impl Layout {
 }
 
 pub struct Loaded<'a> {
-    arena: &'a mut Arena,
+    arena: &'a Arena,
     flush: limits::Launch,
     scratch: CudaSlice<u8>,
     layout: Layout,
@@ -114,7 +114,7 @@ pub struct Loaded<'a> {
 impl<'a> Loaded<'a> {
     /// The arena is filled. `cooperative_blocks`: how many blocks a cooperative launch has, if not as many as fit.
     pub fn new(
-        arena: &'a mut Arena,
+        arena: &'a Arena,
         flush: limits::Launch,
         entry: &Entry,
         norm: f64,
@@ -218,13 +218,13 @@ impl<'a> Loaded<'a> {
                 let args = vec![arg(&self.scoped), tiles, sums, scales, at(layout.stats)];
                 step(plan.stats, self.num_tiles, tile_threads, args, None);
             }
-            What::Call(op @ (Op::Value0 | Op::Value1 | Op::Value100)) => {
+            What::Call(op) | What::Alone(op, _) if op.is_value() => {
                 let counts = at(layout.counts);
                 let args = vec![table, tiles.clone(), arg(&bounds(op)), counts.clone()];
                 step(plan.clamp, in_place_grid, tile_threads, args, None);
                 step("clamp_counts", 1, fold_threads, vec![counts, tiles, report], None);
             }
-            What::Call(op) => {
+            What::Call(op) | What::Alone(op, _) => {
                 let (params, arrivals) = (arg(&params(op, self.norm)), at(layout.arrivals));
                 let mut args = vec![table.clone(), tiles.clone(), sums.clone(), scales.clone()];
                 match plan.stages {
@@ -249,6 +249,9 @@ impl<'a> Loaded<'a> {
                     step(plan.scale, in_place_grid, tile_threads, vec![table, tiles, report], next);
                 }
             }
+        }
+        if let What::Alone(_, kernel) = what {
+            wanted.retain(|step| step.name == kernel);
         }
         let mut launches = Vec::new();
         for Step { name, mut blocks, threads, args, attribute } in wanted {
@@ -296,6 +299,15 @@ impl<'a> Loaded<'a> {
             unsafe { launch.run(&self.arena.stream) }?;
         }
         Ok(())
+    }
+
+    /// What the last launch of `clip_coef` has left.
+    #[allow(dead_code)] // the predictions use it
+    pub fn report(&self) -> Result<ReportSlot> {
+        let mut report = vec![0; size_of::<ReportSlot>()];
+        self.arena.stream.memcpy_dtoh(&self.scratch.slice(..report.len()), &mut report)?;
+        self.arena.stream.synchronize()?;
+        Ok(bytemuck::pod_read_unaligned(&report))
     }
 
     /// Runs it once on the gradients as they were, with nothing left of an earlier run.

@@ -8,14 +8,15 @@ pub mod plans;
 pub mod rows;
 
 use super::measure::{self, Options};
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::CudaContext;
 use gradclip::cuda::Clipper;
 use gradclip::NormType;
-use kernels::{described, Change, Kernels};
+use kernels::{described, Change, Kernels, VARIANTS};
 use loaded::{Loaded, Mode, Outcome};
 use measure::arena::Arena;
+use measure::attempt::Device;
 use measure::cases::Op;
 use measure::limits::{self, Limits};
 use measure::lists::{entries, Entry};
@@ -108,8 +109,9 @@ fn groups(bytes: Option<usize>, wanted: Wanted) -> Vec<Group> {
 impl Trials {
     pub fn new(context: &Arc<CudaContext>, options: Options) -> Result<Self> {
         let arena = Arena::new(context, options.max_bytes, options.flush)?;
-        let (flush, _) =
-            Limits::load(&arena)?.tune(&arena, arena.flush_bytes().min(arena.capacity()), options.tries)?;
+        let limits = Limits::load(&arena)?;
+        limits.warm_up(&arena, options.warm_up)?;
+        let (flush, _) = limits.tune(&arena, arena.flush_bytes().min(arena.capacity()), options.tries)?;
         let cooperative = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH)? == 1;
         let command: Vec<String> = std::env::args().skip(1).collect();
         let run = format!("{},variants {}", run_columns(context), command.join(" ").replace(',', ";"));
@@ -117,7 +119,7 @@ impl Trials {
             flush,
             clipper: Clipper::new(&arena.stream)?,
             arena,
-            kernels: Kernels::new(context)?,
+            kernels: Kernels::new(context, VARIANTS)?,
             cooperative,
             changes: described()?.changes,
             skipped: Vec::new(),
@@ -161,7 +163,7 @@ impl Trials {
                 break;
             }
             let expected = self.of_library(entry, group.what, norm, with_grads)?;
-            let arena = &mut self.arena;
+            let arena = &self.arena;
             let mut loaded = Loaded::new(arena, self.flush.clone(), entry, norm, self.cooperative_blocks)?;
             let named = |what: &str| format!("{} {}, {}: {what}", entry.list, entry.dtype, group.what.name());
 
@@ -172,6 +174,11 @@ impl Trials {
             expected.compare(&baseline, &named("what is taken for the library"))?;
             let mut taken = Vec::new();
             for variant in group.variants {
+                // The driver may take seconds to compile one.
+                if Instant::now() >= deadline {
+                    skip(&mut self.skipped, format!("the time is over: {} and what follows", named(variant.name)));
+                    break;
+                }
                 if variant.plan.stages == plans::Stages::Cooperative && !self.cooperative {
                     skip(&mut self.skipped, "this GPU has no cooperative launch".into());
                     continue;
@@ -196,8 +203,15 @@ impl Trials {
                 if mode == Mode::Graph {
                     loaded.capture(library)?;
                 }
-                // One that fails takes nothing from the others.
+                if Instant::now() >= deadline {
+                    break;
+                }
+                // One that fails takes nothing from the others, unless the GPU takes no more work after it.
+                let mut lost = None;
                 taken.retain(|(variant, index)| {
+                    if lost.is_some() {
+                        return false;
+                    }
                     let found = match mode {
                         Mode::Eager => Ok(()),
                         Mode::Graph => loaded.capture(*index),
@@ -209,10 +223,17 @@ impl Trials {
                         Err(error) => format!("{error:#}"),
                     };
                     let why = format!("{} ({}): {why}", named(variant.name), mode.name());
-                    eprintln!("FAILED: {why}");
-                    self.failed.push(why);
+                    if arena.is_alive() {
+                        eprintln!("FAILED: {why}");
+                        self.failed.push(why);
+                    } else {
+                        lost = Some(why);
+                    }
                     false
                 });
+                if let Some(why) = lost {
+                    bail!("{why}");
+                }
                 loaded.restore()?;
                 let indices = taken.iter().map(|(_, index)| *index);
                 let cases = std::iter::once(library).chain(indices).chain([library]).map(|index| (index, mode));
@@ -243,7 +264,7 @@ impl Trials {
         let mut grads = self.arena.grads(entry);
         let clipper = &mut self.clipper;
         let total_norm = match what {
-            What::Telemetry => None,
+            What::Telemetry | What::Alone(..) => None,
             What::Call(Op::Norm) => Some(clipper.total_norm(&grads, NormType::L2)?.wait()?.total_norm),
             What::Call(op @ (Op::ClipWithin | Op::Clip)) => {
                 Some(clipper.clip_grad_norm(&mut grads, op.clip(norm))?.wait()?.total_norm)
@@ -255,6 +276,12 @@ impl Trials {
         };
         let grads = if with_grads { Some(self.arena.download(entry.layout().1)?) } else { None };
         Ok(Expected { total_norm, grads })
+    }
+}
+
+impl Device for Trials {
+    fn is_alive(&self) -> bool {
+        self.arena.is_alive()
     }
 }
 

@@ -6,6 +6,9 @@ use super::measure::cases::Op;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     Call(Op),
+    /// Of the library's launches for a call, those of one kernel, by its name in `variants.json`.
+    #[allow(dead_code)] // the predictions use it
+    Alone(Op, &'static str),
     /// The pass that leaves statistics of each tensor besides its norm.
     Telemetry,
 }
@@ -13,13 +16,13 @@ pub enum What {
 impl What {
     pub fn name(self) -> &'static str {
         match self {
-            Self::Call(op) => op.name(),
+            Self::Call(op) | Self::Alone(op, _) => op.name(),
             Self::Telemetry => "telemetry",
         }
     }
 
     pub fn needs_restored(self) -> bool {
-        matches!(self, Self::Call(op) if op.needs_restored())
+        matches!(self, Self::Call(op) | Self::Alone(op, _) if op.needs_restored())
     }
 }
 

@@ -3,9 +3,10 @@
 //! The kernels are compiled from their sources here, so what is replaced in the text of PTX is not tried: cache hints and
 //! `griddepcontrol` change no result.
 
-use super::gpu_bench::measure;
+use super::gpu_bench::{measure, ILLEGAL_ADDRESS};
 use crate::support::double;
 use gradclip::cuda;
+use measure::attempt::{attempt, Failed};
 use measure::lists::Entry;
 use measure::shapes::Shapes;
 use measure::Options;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 
 #[path = "../../benches/variants/mod.rs"]
 #[allow(dead_code)]
-mod trials;
+pub mod trials;
 
 use trials::plans::{variants, What};
 use trials::{lists, rows, Trials};
@@ -28,6 +29,7 @@ fn tiny() -> Options {
         batch: Duration::ZERO,
         max_calls: 2,
         tries: 0,
+        warm_up: Duration::ZERO,
         ..Options::default()
     }
 }
@@ -173,7 +175,12 @@ fn the_table_is_whole() {
     assert_eq!(known.len(), described.kernels.len());
     assert_eq!(used, known);
     for kernel in &described.kernels {
-        assert_eq!(kernel.text().unwrap().matches(".visible .entry ").count(), 1, "{}", kernel.name);
+        assert_eq!(
+            kernel.text(trials::kernels::VARIANTS).unwrap().matches(".visible .entry ").count(),
+            1,
+            "{}",
+            kernel.name
+        );
     }
     assert_eq!(lists().len(), 26);
 }
@@ -190,4 +197,58 @@ fn a_variant_wins_beyond_the_spread_only() {
     ] {
         assert_eq!(rows::verdict(ratio, spread), verdict, "{ratio}");
     }
+}
+
+fn trials_of(context: &std::sync::Arc<cudarc::driver::CudaContext>) -> Trials {
+    let mut trials = Trials::new(context, tiny()).unwrap();
+    trials.any_size = true;
+    trials.cooperative_blocks = Some(1);
+    trials
+}
+
+/// Wherever an illegal address is met, the list and what ran there are named once, and nothing is tried after it.
+#[test]
+fn a_lost_gpu_ends_the_trials() {
+    let Some(double) = double::lock() else { return };
+    let entry = Entry::new(&Shapes { name: "few", numels: vec![40] }, "f32", 0);
+    let wanted = |change: &str| change == "last block";
+    let deadline = Instant::now() + Duration::from_secs(3600);
+    let rows_of = |crashes_at: Option<u64>| {
+        double.reset();
+        let context = cuda::context(0).unwrap();
+        let mut trials = trials_of(&context);
+        double.reset_counters();
+        if let Some(index) = crashes_at {
+            double.crash_kernel(index, ILLEGAL_ADDRESS);
+        }
+        let mut rows = 0;
+        let mut write = |_: rows::Row| {
+            rows += 1;
+            Ok(())
+        };
+        let measured =
+            attempt(&mut trials, |trials| trials.measure(&entry, &wanted, Duration::ZERO, deadline, &mut write));
+        assert!(trials.failed.is_empty(), "{:?}", trials.failed);
+        (measured, rows, double.counters().kernels_run)
+    };
+    let (measured, all, kernels) = rows_of(None);
+    assert_eq!((measured, all), (Ok(()), 4));
+    for index in (0..kernels).step_by(3).chain([kernels - 1]) {
+        let (measured, rows, _) = rows_of(Some(index));
+        let Err(Failed::Everything(why)) = measured else { panic!("{index}: {measured:?}") };
+        assert!(why.contains("ILLEGAL_ADDRESS"), "{index}: {why}");
+        assert!(rows < all, "{index}");
+    }
+}
+
+/// When the time is over the driver is not asked to compile another kernel.
+#[test]
+fn no_kernel_is_loaded_after_the_deadline() {
+    let Some(double) = double::lock() else { return };
+    let context = cuda::context(0).unwrap();
+    let (mut trials, entry) = (trials_of(&context), list("f32", 0));
+    let loads = double.counters().module_loads;
+    let mut write = |row: rows::Row| panic!("{}", row.csv);
+    trials.measure(&entry, &|_| true, Duration::ZERO, Instant::now(), &mut write).unwrap();
+    assert_eq!(double.counters().module_loads, loads);
 }

@@ -1,0 +1,3 @@
+class Parameter:
+    def __init__(self, tensor, requires_grad):
+        self.tensor, self.grad = tensor, None
