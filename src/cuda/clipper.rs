@@ -1,6 +1,7 @@
 //! The verbs on device memory.
 
 use super::driver::{check_driver, driver_error, is_capturing, CurrentContext, HomeThread, KeepsContext};
+use super::kernel::Kernel;
 use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::outputs::Outputs;
@@ -89,7 +90,7 @@ impl Clipper {
         Ok(Self {
             stream: stream.clone(),
             home: HomeThread::of(stream),
-            kernels: Arc::new(KeepsContext::new(Kernels::load(context)?)),
+            kernels: Kernels::of(context)?,
             workspace: KeepsContext::new(Workspace::new(stream)),
             outputs: KeepsContext::new(Outputs::new(stream)),
             reports: Arc::new(ReportRing::new(stream)?),
@@ -351,7 +352,13 @@ impl Clipper {
 
     fn norm_stages(&mut self, clip: &ClipNorm, applied: Applied) -> Result<Pending<NormReport>> {
         let capturing = self.prepare_norm(clip)?;
-        self.kernels.prepare(clip.norm_type, capturing)?;
+        let stage_3 = match applied {
+            Applied::InPlace => Some(Kernel::Scale),
+            Applied::OutOfPlace(_) => Some(Kernel::ScaleInto),
+            Applied::Nowhere => None,
+        };
+        let kernels = [Kernel::norm_partials(clip.norm_type), Kernel::clip_coef(clip.norm_type)];
+        self.kernels.prepare(kernels.into_iter().chain(stage_3), capturing)?;
         let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         let outputs = match applied {
             Applied::OutOfPlace(_) => {
@@ -366,7 +373,7 @@ impl Clipper {
         let launcher = self.launcher();
         launcher
             .norm_partials(clip.norm_type, sums, scales)
-            .and_then(|()| launcher.clip_coef(&params, sums, scales, self.plan.numel(), report))
+            .and_then(|()| launcher.clip_coef(clip.norm_type, &params, [sums, scales], self.plan.numel(), report))
             .inspect_err(|_| self.reports.give_back(slot))?;
         // The slot stays taken after an error: a graph may write it by now.
         match (applied, outputs) {
@@ -379,6 +386,7 @@ impl Clipper {
 
     fn given_norm_stages(&mut self, total_norm: TotalNorm<'_>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
         let capturing = self.prepare_norm(clip)?;
+        self.kernels.prepare([Kernel::ClipCoefOfNorm, Kernel::ScaleAny], capturing)?;
         let (norm, norm_at) = match total_norm.0 {
             Source::Value(norm) => (norm, 0),
             Source::Address(address, _) => (0.0, address),
@@ -396,6 +404,7 @@ impl Clipper {
 
     fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {
         let capturing = self.prepare()?;
+        self.kernels.prepare([Kernel::Clamp, Kernel::ClampCounts], capturing)?;
         let slot = self.reports.take(capturing)?;
         let launcher = self.launcher();
         let counts = self.workspace.sums();
@@ -419,9 +428,6 @@ impl Clipper {
     fn prepare(&mut self) -> Result<bool> {
         let capturing = self.prepare_plan()?;
         self.workspace.prepare(&self.plan, capturing)?;
-        if capturing {
-            self.kernels.leave_to_graphs();
-        }
         Ok(capturing)
     }
 
