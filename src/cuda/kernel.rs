@@ -49,6 +49,8 @@ kernels! {
     ScopedStatsP = "scoped_stats_p",
     ScopedCoefs = "scoped_coefs",
     ScopedCoefsP = "scoped_coefs_p",
+    ScopedCoefsStats = "scoped_coefs_stats",
+    ScopedCoefsStatsP = "scoped_coefs_stats_p",
     ScopedScale = "scoped_scale",
     ScopedClamp = "scoped_clamp",
     ScopedClampCounts = "scoped_clamp_counts",
@@ -82,8 +84,13 @@ impl Kernel {
         by_norm(norm_type, l1, l2, inf, p)
     }
 
-    pub(crate) fn scoped_coefs(norm_type: NormType) -> Self {
-        any_order_or(norm_type, Self::ScopedCoefsP, Self::ScopedCoefs)
+    pub(crate) fn scoped_coefs(norm_type: NormType, telemetry: bool) -> Self {
+        let [any_order, others] = if telemetry {
+            [Self::ScopedCoefsStatsP, Self::ScopedCoefsStats]
+        } else {
+            [Self::ScopedCoefsP, Self::ScopedCoefs]
+        };
+        any_order_or(norm_type, any_order, others)
     }
 
     pub(crate) fn fold_partials(norm_type: NormType) -> Self {

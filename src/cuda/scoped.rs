@@ -162,10 +162,9 @@ impl Clipper {
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
-        let measure = Kernel::scoped_partials(clip.norm_type, scope.telemetry);
+        let measure = [Kernel::scoped_partials, Kernel::scoped_coefs].map(|stage| stage(clip.norm_type, scope.telemetry));
         let scale = (applied == Applied::InPlace).then_some(Kernel::ScopedScale);
-        let kernels = [measure, Kernel::scoped_coefs(clip.norm_type)].into_iter().chain(scale);
-        self.kernels.prepare(kernels, capturing)?;
+        self.kernels.prepare(measure.into_iter().chain(scale), capturing)?;
         let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
         let results = scoped.prepare(&self.stream, &self.plan, scope, clip.norm_type, capturing)?;
         let device = Device { kernels: &self.kernels, stream: &self.stream, multiprocessors: self.multiprocessors };
@@ -376,8 +375,8 @@ impl ScopedCalls {
         self.calls += 1;
         let blocks = (jobs.num_groups + num_stats).div_ceil(WARP_THREADS as u32).max(1); // one writes the header
         let mut args = [arg(&table), arg(&jobs), arg(&params), arg(&self.calls), arg(&base)];
-        let kernel = device.kernels.get(Kernel::scoped_coefs(clip.norm_type))?;
-        // SAFETY: the arguments mirror scoped_coefs and scoped_coefs_p in the kernels; the partials are written by the launch
+        let kernel = device.kernels.get(Kernel::scoped_coefs(clip.norm_type, plan.telemetry))?;
+        // SAFETY: the arguments mirror scoped_coefs and its variants in the kernels; the partials are written by the launch
         // before, and the results have room for each group and tensor.
         unsafe { launch(device.stream, "scoped_coefs", kernel, (blocks, FOLD_THREADS), &mut args) }?;
         Ok(PendingScoped { results, plan, call: self.calls, captured, applied, report: PhantomData })

@@ -106,9 +106,10 @@ Context* context_from(CUcontext handle) {
   return find_handle(driver().contexts, handle).get();
 }
 
-bool complain_stale() {
-  complain("a module or function of a context that was destroyed");
-  return true;
+bool is_stale(uint64_t context_id, const Context& context) {
+  const bool stale = context_id != context.id;
+  if (stale) complain("a module or function of a context that was destroyed");
+  return stale;
 }
 
 }  // namespace driver

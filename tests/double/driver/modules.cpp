@@ -173,7 +173,7 @@ DRIVER_API CUresult cuModuleUnload(CUmodule handle) {
   ContextCall call(__func__);
   if (call.refused) return call.refused;
   const auto module = find_handle(driver().modules, handle);
-  if (!module || is_stale(*module)) return CUDA_ERROR_INVALID_HANDLE;
+  if (!module || is_stale(module->context_id, *module->context)) return CUDA_ERROR_INVALID_HANDLE;
   auto& functions = driver().functions;
   for (auto it = functions.begin(); it != functions.end();) {
     it = it->second->module == module.get() ? functions.erase(it) : std::next(it);
@@ -186,7 +186,7 @@ DRIVER_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const 
   ContextCall call(__func__);
   if (call.refused) return call.refused;
   const auto module = find_handle(driver().modules, handle);
-  if (!module || is_stale(*module)) return CUDA_ERROR_INVALID_HANDLE;
+  if (!module || is_stale(module->context_id, *module->context)) return CUDA_ERROR_INVALID_HANDLE;
   bool declared = false;
   for (const std::string& entry : module->entries) declared |= entry == name;
   if (!declared) return CUDA_ERROR_NOT_FOUND;

@@ -169,12 +169,8 @@ CUresult refuse_legacy_during_capture(const Stream& stream, bool invalidate);
 CUresult join_capture(const std::shared_ptr<Stream>& stream, const EventRecord& record);
 
 // Contexts (contexts.cpp).
-// Whether a module or function has outlived its context; then says so.
-template <class Loaded>
-bool is_stale(const Loaded& loaded) {
-  return loaded.context_id != loaded.context->id && complain_stale();
-}
-bool complain_stale();  // true
+// Whether a module or function of that context has outlived it; then says so.
+bool is_stale(uint64_t context_id, const Context& context);
 Context* current_context();
 Context* context_from(CUcontext handle);
 inline CUcontext to_handle(Context* context) { return reinterpret_cast<CUcontext>(context); }
