@@ -63,8 +63,7 @@ kernels! {
 
 impl Kernel {
     pub(crate) fn norm_partials(norm_type: NormType) -> Self {
-        let [l1, l2, inf, p] =
-            [Self::NormPartialsL1, Self::NormPartialsL2, Self::NormPartialsInf, Self::NormPartialsP];
+        let [l1, l2, inf, p] = [Self::NormPartialsL1, Self::NormPartialsL2, Self::NormPartialsInf, Self::NormPartialsP];
         by_norm(norm_type, l1, l2, inf, p)
     }
 

@@ -159,7 +159,7 @@ impl Drop for Kernels {
     }
 }
 
-const NOT_LOADED: Error = Error::CaptureNeedsWarmup { what: "the kernels of this call" };
+const NOT_LOADED: Error = Error::CaptureNeedsWarmup { what: "a kernel of this call" };
 
 impl Loaded {
     /// Tries each module we have of a kernel: that of the local nvcc first, then the snapshot, which older drivers take

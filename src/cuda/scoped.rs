@@ -162,7 +162,8 @@ impl Clipper {
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
-        let measure = [Kernel::scoped_partials, Kernel::scoped_coefs].map(|stage| stage(clip.norm_type, scope.telemetry));
+        let measure =
+            [Kernel::scoped_partials, Kernel::scoped_coefs].map(|stage| stage(clip.norm_type, scope.telemetry));
         let scale = (applied == Applied::InPlace).then_some(Kernel::ScopedScale);
         self.kernels.prepare(measure.into_iter().chain(scale), capturing)?;
         let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
@@ -358,7 +359,9 @@ impl ScopedCalls {
         let mut args = [first[0], first[1], first[2], first[3], last[0], last[1]];
         // SAFETY: the arguments mirror scoped_partials_* and scoped_stats_* in the kernels; the plan keeps every tile inside
         // its tensor, there is a place for each tile, and the caller of the clipper keeps the tensors alive.
-        unsafe { launch(device.stream, "scoped_partials", kernel, (plan.num_tiles, TILE_THREADS), &mut args[..count]) }?;
+        unsafe {
+            launch(device.stream, "scoped_partials", kernel, (plan.num_tiles, TILE_THREADS), &mut args[..count])
+        }?;
 
         let num_stats = if plan.telemetry { plan.tensors.len() as u32 } else { 0 };
         let jobs = ScopedJobs {
@@ -390,7 +393,8 @@ impl ScopedCalls {
         bounds: &ClampBounds,
         captured: bool,
     ) -> Result<PendingScoped<ValueReport>> {
-        let [clamp, clamp_counts] = [Kernel::ScopedClamp, Kernel::ScopedClampCounts].map(|kernel| device.kernels.get(kernel));
+        let [clamp, clamp_counts] =
+            [Kernel::ScopedClamp, Kernel::ScopedClampCounts].map(|kernel| device.kernels.get(kernel));
         let (clamp, clamp_counts) = (clamp?, clamp_counts?);
         let plan = self.plan.clone();
         let (table, counts, base) = (self.table(&plan), self.sums.address(), results.memory.address());

@@ -280,11 +280,7 @@ pub(super) struct Shards {
 
 impl Shards {
     fn new(stream: &Arc<CudaStream>) -> Self {
-        Self {
-            mine: GrowBuffer::default(),
-            all: GrowBuffer::default(),
-            copies: DeviceTable::new(stream, "the copies"),
-        }
+        Self { mine: GrowBuffer::default(), all: GrowBuffer::default(), copies: DeviceTable::new(stream, "the copies") }
     }
 
     fn prepare(
