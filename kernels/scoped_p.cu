@@ -18,7 +18,8 @@ extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::k
   gradclip::scoped_stats<gradclip::kP>(table, num_tiles, sums, scales, tile_stats, p);
 }
 
-extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
+// Without the 1, ptxas 13.0 makes room for two blocks a multiprocessor on sm_80, and spills registers.
+extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads, 1)
     scoped_coefs_p(gradclip::ScopedTable table, gradclip::ScopedJobs jobs, gradclip::ClipParams params,
                    gradclip::u64 call, gradclip::ScopedHeader* header) {
   gradclip::scoped_coefs_any<false>(table, jobs, params, {gradclip::kP, params.p}, call, header);

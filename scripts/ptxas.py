@@ -8,6 +8,8 @@
 The second table is that of the variants that benches/variants.rs measures, for the GPUs that they are meant for. They may
 be slow, and none may be wrong: of the defects, those in results count.
 
+The counts of instructions and the bytes of PTX are what the first load of a kernel costs; README.md shows them.
+
 A defect is, in the PTX or in the machine code of any target: an atomic on floats (the order of additions would not be
 fixed), flush to zero or approximate arithmetic; registers spilled or anything else in local memory; a kernel over tensors
 that does not move 16 bytes at a time for every dtype, or waits for one load before it issues the next; PTX that the

@@ -23,8 +23,9 @@ use std::sync::Arc;
 
 /// Clips gradients that live on one GPU, in the order of one stream.
 ///
-/// Holds what every call needs again: the loaded kernels, the workspace, the plan of the last list. Make one for each
-/// stream and keep it; the first call with a list is slower than the rest.
+/// Holds what every call needs again: reusable buffers and the plan of the last list. Create one per stream and keep it.
+/// The loaded kernels are shared by all clippers of the same CUDA context. The first call of each kind loads its kernels,
+/// and the first call with a list is slower than the rest.
 ///
 /// Each call enqueues at most three kernels and returns. The host never waits, nothing is allocated once a list of that
 /// size has been seen, and the calling thread's current CUDA context is left as it was. A call can be captured into a
@@ -32,8 +33,8 @@ use std::sync::Arc;
 /// off: a capture must not wait for an event from before it).
 ///
 /// A graph may outlive the clipper. What a capture has used is therefore never freed, but left to the context: the
-/// workspace, the reports, and the loaded kernels (`device_bytes`, and their code, some ten KiB). So keep and use again
-/// a clipper that captures, rather than make one for each capture. And do not drop a clipper while some stream of its
+/// workspace and the reports (`device_bytes`), and the kernels, which later clippers of the context use again. So keep and
+/// use again a clipper that captures, rather than make one for each capture. And do not drop a clipper while some stream of its
 /// context captures: the driver allows neither unloading nor freeing then, and the capture can be lost.
 ///
 /// A clipper can be moved to other threads. One for the per-thread default stream works only in the thread that made it
@@ -69,10 +70,11 @@ pub struct Clipper {
 }
 
 impl Clipper {
-    /// Loads the kernels for the device of `stream`; work will be enqueued there.
+    /// A clipper for `stream`, where its work will be enqueued.
     ///
-    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 36 KiB of device
-    /// memory.
+    /// Cost: 36 KiB of device memory. Loads no kernel: a call loads those that it launches, unless a clipper of the same
+    /// context has. At its first load the driver compiles a kernel for its GPU, and keeps the result on disk for later
+    /// processes. The README has how much code each call loads.
     ///
     /// # Errors
     /// [`Error::DriverMissing`], [`Error::DriverTooOld`], [`Error::GpuTooOld`], [`Error::OutOfMemory`],

@@ -64,7 +64,7 @@ pub struct RunningNorm {
 impl Clipper {
     /// A norm that gradients are added to one after the other; see [`RunningNorm`].
     ///
-    /// Cost: 36 KiB of device memory. The kernels are this clipper's.
+    /// Cost: 36 KiB of device memory.
     ///
     /// # Errors
     /// [`Error::InvalidNormType`] for an order that is not positive; [`Error::WrongThread`], [`Error::OutOfMemory`],

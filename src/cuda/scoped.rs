@@ -29,8 +29,8 @@ use std::sync::Arc;
 impl Clipper {
     /// The norm of each group of a [`Scope`]; see [`cpu::norms_by`](crate::cpu::norms_by).
     ///
-    /// Cost: reads each gradient once; two launches, no wait. The first such call of a clipper loads its kernels; a new
-    /// list, or a new scope, copies two tables to the device.
+    /// Cost: reads each gradient once; two launches, no wait. A new list, or a new scope, copies two tables to the
+    /// device.
     ///
     /// # Errors
     /// As [`clip_grad_norm_by`](Self::clip_grad_norm_by).
@@ -115,8 +115,8 @@ impl Clipper {
     /// Clips by value with a report for each group of a [`Scope`]: what part of each tensor, named group or row was outside
     /// the bounds; see [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by).
     ///
-    /// Cost: that of [`clip_grad_value`](Self::clip_grad_value), reads and writes and two launches, no wait. The first such
-    /// call of a clipper loads its kernels; a new list, or a new scope, copies two tables to the device.
+    /// Cost: that of [`clip_grad_value`](Self::clip_grad_value), reads and writes and two launches, no wait. A new
+    /// list, or a new scope, copies two tables to the device.
     ///
     /// # Errors
     /// As [`clip_grad_value`](Self::clip_grad_value), and those of a scope that

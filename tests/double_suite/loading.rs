@@ -49,7 +49,17 @@ unsafe impl cuda::DeviceAllGather for Alone {
     }
 }
 
-/// Every verb in a context of its own: what it loads is what it launches. The README has the same rows.
+/// The kernels that the README says a first call loads.
+fn in_the_readme(call: &str) -> Option<BTreeSet<String>> {
+    let readme = include_str!("../../README.md");
+    let (_, rest) = readme.split_once("<!-- first-call:begin -->").unwrap();
+    let (table, _) = rest.split_once("<!-- first-call:end -->").unwrap();
+    let row = table.lines().find_map(|line| line.strip_prefix(&format!("| {call} | ")))?;
+    let (kernels, _) = row.split_once(" | ").unwrap();
+    Some(kernels.split(", ").map(|kernel| kernel.trim_matches('`').to_owned()).collect())
+}
+
+/// Every verb in a context of its own: what it loads is what it launches, and what the README says.
 #[test]
 fn a_call_loads_the_kernels_that_it_launches_and_no_others() {
     let Some(double) = double::lock() else { return };
@@ -97,6 +107,7 @@ fn a_call_loads_the_kernels_that_it_launches_and_no_others() {
             clipper.clip_grad_norm_sharded(grads, &[1][..], clip, &Alone).map(drop)
         }),
     ];
+    let mut compared = 0;
     for (name, call) in calls {
         for norm in [NormType::L2, NormType::L1, NormType::Inf, NormType::P(3.0), NormType::Rms] {
             if norm == NormType::Rms && name.contains("sharded") {
@@ -114,6 +125,15 @@ fn a_call_loads_the_kernels_that_it_launches_and_no_others() {
                 let any_order = launched.iter().all(|symbol| symbol.ends_with("_p"));
                 assert!(norm == NormType::P(3.0) || !any_order, "{name}, {norm:?}: {launched:?}");
                 assert_eq!(double.counters().module_loads, launched.len() as u64, "{name}, {norm:?}: {launched:?}");
+                let row = match (norm, name.split_once(", ")) {
+                    (NormType::L2, Some((verb, option))) => format!("`{verb}`, {option}"),
+                    (NormType::L2, None) => format!("`{name}`"),
+                    _ => format!("`{name}`, order {}", norm.order()),
+                };
+                if let Some(expected) = in_the_readme(&row) {
+                    assert_eq!(launched, expected, "{row}");
+                    compared += 1;
+                }
                 // Another clipper of the context, of another stream and another object for the context.
                 let elsewhere = cuda::context(0).unwrap().new_stream().unwrap();
                 let mut second = Clipper::new(&elsewhere).unwrap();
@@ -128,6 +148,7 @@ fn a_call_loads_the_kernels_that_it_launches_and_no_others() {
             assert_eq!((double.live_allocations(), double.live_handles(), double.violated_guards()), (0, 0, 0));
         }
     }
+    assert_eq!(compared, 12, "rows of the README");
 }
 
 #[test]
