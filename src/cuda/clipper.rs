@@ -359,8 +359,9 @@ impl Clipper {
             Applied::OutOfPlace(_) => Some(Kernel::ScaleInto),
             Applied::Nowhere => None,
         };
-        let kernels = [Kernel::norm_partials(clip.norm_type), Kernel::clip_coef(clip.norm_type)];
-        self.kernels.prepare(kernels.into_iter().chain(stage_3), capturing)?;
+        let stages = [Kernel::norm_partials(clip.norm_type), Kernel::clip_coef(clip.norm_type)];
+        self.kernels.prepare(&stages, capturing)?;
+        self.kernels.prepare(stage_3.as_slice(), capturing)?;
         let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         let outputs = match applied {
             Applied::OutOfPlace(_) => {
@@ -388,7 +389,7 @@ impl Clipper {
 
     fn given_norm_stages(&mut self, total_norm: TotalNorm<'_>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
         let capturing = self.prepare_norm(clip)?;
-        self.kernels.prepare([Kernel::ClipCoefOfNorm, Kernel::ScaleAny], capturing)?;
+        self.kernels.prepare(&[Kernel::ClipCoefOfNorm, Kernel::ScaleAny], capturing)?;
         let (norm, norm_at) = match total_norm.0 {
             Source::Value(norm) => (norm, 0),
             Source::Address(address, _) => (0.0, address),
@@ -406,7 +407,7 @@ impl Clipper {
 
     fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {
         let capturing = self.prepare()?;
-        self.kernels.prepare([Kernel::Clamp, Kernel::ClampCounts], capturing)?;
+        self.kernels.prepare(&[Kernel::Clamp, Kernel::ClampCounts], capturing)?;
         let slot = self.reports.take(capturing)?;
         let launcher = self.launcher();
         let counts = self.workspace.sums();

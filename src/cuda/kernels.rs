@@ -98,18 +98,14 @@ impl Kernels {
     ///
     /// A captured call loads nothing, which the driver would not allow. The kernels it launches stay loaded as long as
     /// the context: see `DeviceBuffer::leave_to_graphs`.
-    pub(crate) fn prepare(&self, wanted: impl IntoIterator<Item = Kernel> + Clone, capturing: bool) -> Result<()> {
-        for kernel in wanted.clone() {
-            if self.slots[kernel as usize].loaded.get().is_none() {
-                if capturing {
-                    return Err(NOT_LOADED);
-                }
-                self.load(kernel)?;
+    pub(crate) fn prepare(&self, wanted: &[Kernel], capturing: bool) -> Result<()> {
+        for &kernel in wanted {
+            let slot = &self.slots[kernel as usize];
+            if slot.loaded.get().is_none() {
+                slot.load(kernel, capturing)?;
             }
-        }
-        if capturing {
-            for kernel in wanted {
-                self.slots[kernel as usize].captured.store(true, Ordering::Relaxed);
+            if capturing {
+                slot.captured.store(true, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -117,16 +113,23 @@ impl Kernels {
 
     /// After [`prepare`](Self::prepare) for the same kernel.
     pub(crate) fn get(&self, kernel: Kernel) -> Result<CUfunction> {
-        self.slots[kernel as usize].loaded.get().map(|loaded| loaded.function).ok_or(NOT_LOADED)
+        match self.slots[kernel as usize].loaded.get() {
+            Some(loaded) => Ok(loaded.function),
+            None => Err(NOT_LOADED),
+        }
     }
+}
 
+impl Slot {
     #[cold]
-    fn load(&self, kernel: Kernel) -> Result<()> {
-        let slot = &self.slots[kernel as usize];
-        let _one_at_a_time = slot.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.loaded.get().is_none() {
+    fn load(&self, kernel: Kernel, capturing: bool) -> Result<()> {
+        if capturing {
+            return Err(NOT_LOADED);
+        }
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.loaded.get().is_none() {
             let loaded = Loaded::new(kernel)?;
-            let _ = slot.loaded.set(loaded); // it is empty: nobody else holds the lock
+            let _ = self.loaded.set(loaded); // it is empty: nobody else holds the lock
         }
         Ok(())
     }

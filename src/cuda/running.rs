@@ -195,7 +195,7 @@ impl RunningNorm {
 
     fn launch_partials(&mut self, added: Range<usize>, capturing: bool) -> Result<()> {
         let tiles = self.list.tiles(added.clone());
-        self.clipper.kernels.prepare([Kernel::norm_partials(self.norm_type)], capturing)?;
+        self.clipper.kernels.prepare(&[Kernel::norm_partials(self.norm_type)], capturing)?;
         self.clipper.workspace.grow(tiles.start, tiles.end, capturing)?;
         self.fill_table(added, capturing)?;
         let launcher = Launcher {
@@ -251,8 +251,8 @@ impl RunningNorm {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
         let stage_3 = (applied == Applied::InPlace).then_some(Kernel::Scale);
-        let kernels = [Kernel::clip_coef(clip.norm_type)].into_iter().chain(stage_3);
-        clipper.kernels.prepare(kernels, capturing)?;
+        clipper.kernels.prepare(&[Kernel::clip_coef(clip.norm_type)], capturing)?;
+        clipper.kernels.prepare(stage_3.as_slice(), capturing)?;
         let plan = self.list.plan();
         if applied == Applied::InPlace {
             clipper.workspace.prepare(plan, capturing)?;

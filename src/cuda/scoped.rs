@@ -150,7 +150,7 @@ impl Clipper {
 
     fn scoped_value_stages(&mut self, scope: &Scope<'_>, clip: &ClipValue) -> Result<PendingScoped<ValueReport>> {
         let capturing = self.prepare_plan()?;
-        self.kernels.prepare([Kernel::ScopedClamp, Kernel::ScopedClampCounts], capturing)?;
+        self.kernels.prepare(&[Kernel::ScopedClamp, Kernel::ScopedClampCounts], capturing)?;
         let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
         let results = scoped.prepare_clamp(&self.stream, &self.plan, scope, capturing)?;
         let device = Device { kernels: &self.kernels, stream: &self.stream, multiprocessors: self.multiprocessors };
@@ -165,7 +165,8 @@ impl Clipper {
         let measure =
             [Kernel::scoped_partials, Kernel::scoped_coefs].map(|stage| stage(clip.norm_type, scope.telemetry));
         let scale = (applied == Applied::InPlace).then_some(Kernel::ScopedScale);
-        self.kernels.prepare(measure.into_iter().chain(scale), capturing)?;
+        self.kernels.prepare(&measure, capturing)?;
+        self.kernels.prepare(scale.as_slice(), capturing)?;
         let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
         let results = scoped.prepare(&self.stream, &self.plan, scope, clip.norm_type, capturing)?;
         let device = Device { kernels: &self.kernels, stream: &self.stream, multiprocessors: self.multiprocessors };

@@ -220,8 +220,9 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         let stages = [Kernel::norm_partials, Kernel::fold_partials, Kernel::clip_coef_of_ranks];
         let weigh = copies.map(|_| Kernel::WeighPartials);
         let scale = (applied == Applied::InPlace).then_some(Kernel::Scale);
-        let kernels = stages.map(|stage| stage(clip.norm_type)).into_iter().chain(weigh).chain(scale);
-        self.kernels.prepare(kernels, capturing)?;
+        for kernels in [&stages.map(|stage| stage(clip.norm_type))[..], weigh.as_slice(), scale.as_slice()] {
+            self.kernels.prepare(kernels, capturing)?;
+        }
         let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         self.prepare_shards(copies, world_size, capturing)?;
         let slot = self.reports.take(capturing)?;
@@ -252,7 +253,7 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         if is_capturing(&self.stream)? {
             return Ok(()); // nothing can be told now, and the collective would be captured
         }
-        self.kernels.prepare([Kernel::fold_partials(NormType::L2)], false)?;
+        self.kernels.prepare(&[Kernel::fold_partials(NormType::L2)], false)?;
         self.prepare_shards(None, world_size, false)?;
         let shards = self.shards.as_ref().ok_or(NOT_LOADED)?;
         shards.fold(&self.launcher(), NormType::L2, [0, 0], 0, REFUSED, 0)?;
