@@ -98,6 +98,7 @@ impl Kernels {
     ///
     /// A captured call loads nothing, which the driver would not allow. The kernels it launches stay loaded as long as
     /// the context: see `DeviceBuffer::leave_to_graphs`.
+    #[inline]
     pub(crate) fn prepare(&self, wanted: &[Kernel], capturing: bool) -> Result<()> {
         for &kernel in wanted {
             let slot = &self.slots[kernel as usize];
@@ -112,6 +113,7 @@ impl Kernels {
     }
 
     /// After [`prepare`](Self::prepare) for the same kernel.
+    #[inline]
     pub(crate) fn get(&self, kernel: Kernel) -> Result<CUfunction> {
         match self.slots[kernel as usize].loaded.get() {
             Some(loaded) => Ok(loaded.function),
