@@ -33,19 +33,21 @@ pub struct Embedded {
     pub warning: Option<String>,
 }
 
-/// PTX by stem, in the order of the stems.
+/// PTX by stem of its source, or by kernel, in the order of the sources.
 type Modules = Vec<(String, String)>;
 
 /// Writes `ptx.rs`, and the PTX it includes, into `out_dir`. An nvcc newer than the driver makes PTX that the driver
 /// refuses, so the snapshot, which old drivers take, always comes along as the second to try.
+///
+/// Each kernel is embedded as a module of its own, because the driver compiles a whole module at its first load.
 pub fn embed(kernels: &Path, out_dir: &Path, usual_cuda: &Path, env: Env) -> Result<Embedded> {
-    let snapshot = read_snapshot(kernels);
+    let snapshot = read_snapshot(kernels).and_then(one_module_a_kernel);
     let Some(nvcc) = wanted_nvcc(usual_cuda, env)? else {
         write_modules(out_dir, "snapshot", &[("snapshot", &snapshot?)])?;
         return Ok(Embedded { nvcc: None, warning: None });
     };
     let compiler = format!("nvcc {}", nvcc_release(&nvcc)?);
-    let compiled = compile(&nvcc, kernels, out_dir, env)?;
+    let compiled = one_module_a_kernel(compile(&nvcc, kernels, out_dir, env)?)?;
     let warning = match &snapshot {
         Ok(snapshot) => {
             write_modules(out_dir, &compiler, &[("nvcc", &compiled), ("snapshot", snapshot)])?;
@@ -129,7 +131,7 @@ fn compile(nvcc: &Path, kernels: &Path, out_dir: &Path, env: Env) -> Result<Modu
         env(variable); // for the caller to note that the result depends on it
     }
     let arch = format!("-arch=compute_{}", virtual_arch(env)?);
-    let folder = out_dir.join("nvcc");
+    let folder = out_dir.join("compiled");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let mut modules = Modules::new();
     for source in files(kernels, &["cu"])? {
@@ -215,6 +217,49 @@ pub fn sources_sha256(kernels: &Path) -> Result<String> {
     Ok(hex)
 }
 
+/// Takes the PTX of each source apart, into one module for each kernel.
+fn one_module_a_kernel(sources: Modules) -> Result<Modules> {
+    let mut modules = Modules::new();
+    for (stem, ptx) in sources {
+        let kernels = kernels_of(&ptx);
+        ensure!(!kernels.is_empty(), "the PTX of kernels/{stem}.cu has no `.visible .entry`");
+        modules.extend(kernels);
+    }
+    Ok(modules)
+}
+
+/// Each kernel of a PTX text by its symbol, with all of the text but the other kernels.
+///
+/// Kernels never refer to each other. What stands outside of them (version, target, constants, functions) any of them
+/// may use, so all of it stays, in its order.
+pub fn kernels_of(ptx: &str) -> Modules {
+    let mut chunks: Vec<(Option<&str>, String)> = Vec::new();
+    let (mut kernel, mut depth) = (None, 0);
+    for line in ptx.split_inclusive('\n') {
+        if kernel.is_none() {
+            kernel = line.strip_prefix(".visible .entry ").and_then(|rest| rest.split(['(', '\n', ' ']).next());
+        }
+        match chunks.last_mut() {
+            Some((of, text)) if *of == kernel => text.push_str(line),
+            _ => chunks.push((kernel, line.to_owned())),
+        }
+        if kernel.is_some() {
+            let code = line.split("//").next().unwrap_or_default();
+            depth += code.matches('{').count();
+            let closed = code.matches('}').count();
+            depth = depth.saturating_sub(closed);
+            if closed > 0 && depth == 0 {
+                kernel = None;
+            }
+        }
+    }
+    let alone = |symbol: &str| {
+        let parts = chunks.iter().filter(|(of, _)| of.is_none_or(|of| of == symbol));
+        parts.map(|(_, text)| text.as_str()).collect()
+    };
+    chunks.iter().filter_map(|(symbol, _)| *symbol).map(|symbol| (symbol.to_owned(), alone(symbol))).collect()
+}
+
 fn files(kernels: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(kernels).with_context(|| kernels.display().to_string())? {
@@ -233,26 +278,32 @@ fn stem(source: &Path) -> Result<String> {
     stem.map(str::to_owned).with_context(|| format!("{} has no usable name", source.display()))
 }
 
-/// `sources` is what to try, in that order: a folder name of `out_dir`, and one PTX for each stem.
+/// `sources` is what to try, in that order: a folder name of `out_dir`, and one PTX for each kernel.
 fn write_modules(out_dir: &Path, compiler: &str, sources: &[(&str, &Modules)]) -> Result<()> {
     let mut rust = format!(
         "/// What made the PTX that is tried first.\npub(crate) const COMPILER: &str = {compiler:?};\n\n\
-         /// The modules by stem, each with the PTX to try, in that order.\n\
+         /// Kernels by symbol, each with the modules to try, in that order.\n\
          pub(crate) const MODULES: &[(&str, &[&str])] = &[\n",
     );
-    let stems = sources.first().map(|(_, modules)| modules.iter().map(|(stem, _)| stem));
-    for stem in stems.into_iter().flatten() {
-        writeln!(rust, "    ({stem:?}, &[")?;
-        for (folder, _) in sources {
-            writeln!(rust, "        include_str!(concat!(env!(\"OUT_DIR\"), \"/{folder}/{stem}.ptx\")),")?;
+    let symbols = sources.first().map(|(_, modules)| modules.iter().map(|(symbol, _)| symbol));
+    for symbol in symbols.into_iter().flatten() {
+        writeln!(rust, "    ({symbol:?}, &[")?;
+        for (folder, modules) in sources {
+            if modules.iter().any(|(name, _)| name == symbol) {
+                writeln!(rust, "        include_str!(concat!(env!(\"OUT_DIR\"), \"/{folder}/{symbol}.ptx\")),")?;
+            }
         }
         writeln!(rust, "    ]),")?;
     }
     writeln!(rust, "];")?;
     for (folder, modules) in sources {
-        fs::create_dir_all(out_dir.join(folder))?;
-        for (stem, ptx) in modules.iter() {
-            fs::write(out_dir.join(folder).join(format!("{stem}.ptx")), ptx)?;
+        let folder = out_dir.join(folder);
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?; // kernels of an earlier build
+        }
+        fs::create_dir_all(&folder)?;
+        for (symbol, ptx) in modules.iter() {
+            fs::write(folder.join(format!("{symbol}.ptx")), ptx)?;
         }
     }
     let path = out_dir.join("ptx.rs");

@@ -1,9 +1,9 @@
 // Calls with more than one norm: of each tensor, of named groups of tensors, of each row.
 //
-//   launch   scoped_partials_*: any number of blocks of kTileThreads; scoped_coefs: one warp for each job, that is, each
-//            group and after scoped_stats_* each tensor; scoped_scale: any number of blocks of kTileThreads
+//   launch   scoped_partials_*: any number of blocks of kTileThreads; scoped_coefs: one warp for each group;
+//            scoped_scale: any number of blocks of kTileThreads
 //   reads    as norm_partials.cu, clip_coef.cu, scale.cu
-//   writes   one partial a tile; one ReportSlot a group, one StatsSlot a tensor; gradients of the groups that clip
+//   writes   one partial a tile; one ReportSlot a group; gradients of the groups that clip
 //   bits     a group's norm is that of a list of its tensors alone
 //   twin     src/cpu/scoped.rs
 #include "scoped.cuh"
@@ -21,9 +21,7 @@ GRADCLIP_SCOPED_PARTIALS(scoped_partials_inf, kInf)
 extern "C" __global__ void __launch_bounds__(gradclip::kFoldThreads)
     scoped_coefs(gradclip::ScopedTable table, gradclip::ScopedJobs jobs, gradclip::ClipParams params, gradclip::u64 call,
                  gradclip::ScopedHeader* header) {
-  if (params.norm_type == gradclip::kP) return;  // never launched with it; so the compiler leaves the powers out
-  const gradclip::u32 order = params.norm_type == gradclip::kRms ? gradclip::kL2 : params.norm_type;
-  gradclip::scoped_coefs(table, jobs, params, order, call, header);
+  gradclip::scoped_coefs<false>(table, jobs, params, call, header);
 }
 
 extern "C" __global__ void __launch_bounds__(gradclip::kTileThreads, gradclip::kBlocksPerMultiprocessor)

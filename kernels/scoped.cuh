@@ -1,4 +1,4 @@
-// Calls with more than one norm, the bodies of scoped.cu and scoped_p.cu: tiles to partials, and a job for each group and
+// Calls with more than one norm, the bodies of scoped.cu, scoped_stats.cu and scoped_p.cu: tiles to partials, and a job for each group and
 // each tensor, from its partials to its report. Twin: src/cpu/scoped.rs.
 #pragma once
 
@@ -99,36 +99,51 @@ __device__ __forceinline__ void stats_job(const Fold& fold, const ScopedJobs& jo
   }
 }
 
+template <bool kTelemetry>
 __device__ __forceinline__ u32 tiles_of_job(const ScopedJobs& jobs, const ScopedTable& table, u32 job) {
   if (job < jobs.num_groups) return jobs.groups[job].num_tiles;
-  return job - jobs.num_groups < jobs.num_stats ? table.tensors[job - jobs.num_groups].num_tiles : 0;
+  return kTelemetry && job - jobs.num_groups < jobs.num_stats ? table.tensors[job - jobs.num_groups].num_tiles : 0;
 }
 
-template <class Fold>
+template <bool kTelemetry, class Fold>
 __device__ __forceinline__ void do_job(const Fold& fold, const ScopedJobs& jobs, const ScopedTable& table,
                                        const ClipParams& params, NormOrder order, u32 job) {
   if (job < jobs.num_groups) {
     group_job(fold, jobs, params, order, job);
-  } else if (job - jobs.num_groups < jobs.num_stats) {
+  } else if (kTelemetry && job - jobs.num_groups < jobs.num_stats) {
     stats_job(fold, jobs, params, order, table.tensors[job - jobs.num_groups]);
   }
 }
 
-__device__ __forceinline__ void scoped_coefs(const ScopedTable& table, const ScopedJobs& jobs, const ClipParams& params,
-                                             NormOrder order, u64 call, ScopedHeader* header) {
+// Without kTelemetry there are no jobs but those of groups, and half the code.
+template <bool kTelemetry>
+__device__ __forceinline__ void scoped_coefs_any(const ScopedTable& table, const ScopedJobs& jobs,
+                                                 const ClipParams& params, NormOrder order, u64 call,
+                                                 ScopedHeader* header) {
   GRADCLIP_SHARED_ARRAY(Partial, partial_slots, kWarpThreads);
   GRADCLIP_SHARED_ARRAY(Stats, stats_slots, kWarpThreads);
   GRADCLIP_SHARED_ARRAY(u64, tile_slots, kWarpThreads);
   const u32 first_job = block_index() * kWarpThreads;
   const u32 own_job = first_job + thread_index() / kWarpThreads;
-  if (tiles_of_job(jobs, table, own_job) <= kTilesOfWarpJob) do_job(WarpFold{}, jobs, table, params, order, own_job);
+  if (tiles_of_job<kTelemetry>(jobs, table, own_job) <= kTilesOfWarpJob) {
+    do_job<kTelemetry>(WarpFold{}, jobs, table, params, order, own_job);
+  }
 #pragma unroll 1
   for (u32 job = first_job; job < first_job + kWarpThreads; ++job) {
-    if (tiles_of_job(jobs, table, job) > kTilesOfWarpJob) {
-      do_job(BlockFold{partial_slots, stats_slots, tile_slots}, jobs, table, params, order, job);
+    if (tiles_of_job<kTelemetry>(jobs, table, job) > kTilesOfWarpJob) {
+      do_job<kTelemetry>(BlockFold{partial_slots, stats_slots, tile_slots}, jobs, table, params, order, job);
     }
   }
   if (first_job == 0 && thread_index() == 0) header->call = call;
+}
+
+// L1, L2, Inf, and the root mean square.
+template <bool kTelemetry>
+__device__ __forceinline__ void scoped_coefs(const ScopedTable& table, const ScopedJobs& jobs, const ClipParams& params,
+                                             u64 call, ScopedHeader* header) {
+  if (params.norm_type == kP) return;  // never launched with it; so the compiler leaves the powers out
+  const u32 order = params.norm_type == kRms ? kL2 : params.norm_type;
+  scoped_coefs_any<kTelemetry>(table, jobs, params, order, call, header);
 }
 
 }  // namespace gradclip

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The figures in README.md, benches/README.md and docs/performance.md, from the newest records in benches/record.
+"""The figures in README.md, benches/README.md and docs/performance.md, from the newest records in benches/record and
+from kernels/prebuilt/registers.csv.
 
     scripts/figures.py            writes them
     scripts/figures.py --check    fails where a page says something else
@@ -12,6 +13,7 @@ scripts/plots.py draws the pictures, of the same records.
 """
 
 import argparse
+import csv
 import re
 import sys
 from pathlib import Path
@@ -23,6 +25,23 @@ from variants import described
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benches" / "record"
+REGISTERS = ROOT / "kernels" / "prebuilt" / "registers.csv"
+
+# The kernels that a call launches, and so loads; tests/double_suite/loading.rs compares.
+KERNELS = {
+    "total_norm": ("norm_partials_l2", "clip_coef"),
+    "clip_coef": ("norm_partials_l2", "clip_coef"),
+    "clip_grad_norm": ("norm_partials_l2", "clip_coef", "scale"),
+    "clip_grad_norm, order 3": ("norm_partials_p", "clip_coef_p", "scale"),
+    "clip_grad_norm_into": ("norm_partials_l2", "clip_coef", "scale_into"),
+    "clip_with_norm": ("clip_coef_of_norm", "scale_any"),
+    "clip_grad_value": ("clamp", "clamp_counts"),
+    "norms_by": ("scoped_partials_l2", "scoped_coefs"),
+    "clip_grad_norm_by": ("scoped_partials_l2", "scoped_coefs", "scoped_scale"),
+    "clip_grad_norm_by, telemetry": ("scoped_stats_l2", "scoped_coefs_stats", "scoped_scale"),
+    "clip_grad_value_by": ("scoped_clamp", "scoped_clamp_counts"),
+    "clip_grad_norm_sharded": ("norm_partials_l2", "fold_partials", "clip_coef_of_ranks", "scale"),
+}
 
 # What the README shows of the CPU, with any list on which something is slower than PyTorch.
 README_LISTS = ("1 GiB", "GPT-2", "ResNet-50", "Qwen3-30B-A3B 1/32", "3000 x 4 Ki")
@@ -169,11 +188,27 @@ def predictions(variants):
     return "\n".join(lines)
 
 
+def first_calls():
+    """What each call loads, by the machine code of one GPU."""
+    target = "sm_90"
+    with REGISTERS.open(newline="") as file:
+        of = {row["kernel"]: row for row in csv.DictReader(file) if row["target"] == target}
+    total = lambda kernels, column: sum(int(of[kernel][column]) for kernel in kernels)
+    lines = ["Norms of order 2, if the row names no other. Instructions for sm_90 by ptxas, without padding "
+             "([`registers.csv`](kernels/prebuilt/registers.csv), which CI compares with the PTX).", "",
+             "| first call | kernels | instructions | KiB of PTX |", "|---|---|---|---|"]
+    for call, kernels in KERNELS.items():
+        name, _, option = call.partition(", ")
+        lines.append(f"| `{name}`{', ' * bool(option)}{option} | {', '.join(f'`{kernel}`' for kernel in kernels)} | "
+                     f"{total(kernels, 'instructions'):,} | {total(kernels, 'ptx_bytes') / 1024:.0f} |")
+    return "\n".join(lines)
+
+
 def blocks():
     """{page: {name: text}}"""
     cpu, gpu = newest("cpu"), newest("gpu")
     return {
-        ROOT / "README.md": {"cpu-speed": cpu_speed(cpu, gpu), "gpu-speed": gpu_speed(gpu)},
+        ROOT / "README.md": {"cpu-speed": cpu_speed(cpu, gpu), "gpu-speed": gpu_speed(gpu), "first-call": first_calls()},
         ROOT / "benches" / "README.md": {"cpu-lists": cpu_lists(cpu)},
         ROOT / "docs" / "performance.md": {
             "gpu-bars": "Not measured yet." if gpu is None else bars_table(gpu[1]),

@@ -8,6 +8,8 @@
 The second table is that of the variants that benches/variants.rs measures, for the GPUs that they are meant for. They may
 be slow, and none may be wrong: of the defects, those in results count.
 
+The counts of instructions and the bytes of PTX are what the first load of a kernel costs; README.md shows them.
+
 A defect is, in the PTX or in the machine code of any target: an atomic on floats (the order of additions would not be
 fixed), flush to zero or approximate arithmetic; registers spilled or anything else in local memory; a kernel over tensors
 that does not move 16 bytes at a time for every dtype, or waits for one load before it issues the next; PTX that the
@@ -62,6 +64,8 @@ class Usage(NamedTuple):
     shared_bytes: int
     batches: int  # places where BATCH 16-byte loads are issued before the first of them is used
     stores: int  # 16-byte stores to global memory
+    instructions: int  # but for those that pad the code
+    ptx_bytes: int  # of the module that the kernel is loaded as
 
 
 class Tools:
@@ -96,6 +100,14 @@ def walker_defects(table):
             if narrow:
                 yield (f"{kernel} does not have {BATCH} 16-byte stores for each of {BATCHES} dtypes on "
                        f"{', '.join(narrow)}")
+
+
+def module_bytes(ptx):
+    """Kernel to the bytes of the module that it is loaded as: all of the text but the other kernels. Twin: kernels_of in
+    build/ptx.rs."""
+    size = lambda text: len(text.encode())
+    entries = {name: size(text) for name, text in re.findall(r"^(?=\.visible \.entry (\w+)\()(.*?^}\n)", ptx, re.M | re.S)}
+    return {name: size(ptx) - sum(entries.values()) + own for name, own in entries.items()}
 
 
 def run(command):
@@ -153,7 +165,7 @@ def assemble(tools, stem, path, target, folder):
                   "-o", cubin])
     if result.returncode != 0:
         return {}, [f"ptxas {version(PTXAS)} does not take {stem}.ptx for {target}: {result.stderr.strip()}"], []
-    code = machine_code(tools.nvdisasm, cubin)
+    code, sizes = machine_code(tools.nvdisasm, cubin), module_bytes(Path(path).read_text())
     wrong, slow = (list(code_defects(code, target, forbidden)) for forbidden in (WRONG_CODE, SLOW_CODE))
     usages, kernel = {}, None
     for line in result.stderr.split("\n"):
@@ -168,8 +180,9 @@ def assemble(tools, stem, path, target, folder):
                     slow.append(f"{kernel} on {target}: {size} bytes {what}")
         elif "Used" in line and " registers" in line:
             stores = sum(bool(re.search(r"\bSTG\.E\.\S*128\b", text)) for text in code[kernel])
+            instructions = sum(bool(text) and not re.match(r"NOP\b", text) for text in code[kernel])
             usages[kernel] = Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), batches(code[kernel]),
-                                   stores)
+                                   stores, instructions, sizes[kernel])
     return usages, wrong, slow
 
 
@@ -220,16 +233,17 @@ def print_variants(table):
     width = max(len(name) for name, _ in table)
     print("\nvariants: the same, and bytes of spills")
     for (name, target), usage in table.items():
-        print(f"{name:{width}} {target:>6} {'/'.join(map(str, usage)):>18}")
+        print(f"{name:{width}} {target:>6} {'/'.join(map(str, usage)):>32}")
 
 
 def print_table(table):
     width = max(len(kernel) for kernel, _ in table)
-    print(f"registers/bytes of shared memory/places with {BATCH} 16-byte loads in flight/16-byte stores")
-    print(f"{'kernel':{width}} " + " ".join(f"{t:>12}" for t in TARGETS))
+    print(f"registers/bytes of shared memory/places with {BATCH} 16-byte loads in flight/16-byte stores/instructions/"
+          "bytes of PTX")
+    print(f"{'kernel':{width}} " + " ".join(f"{t:>25}" for t in TARGETS))
     for kernel in dict.fromkeys(kernel for kernel, _ in table):
         cells = ["/".join(map(str, table[kernel, t])) if (kernel, t) in table else "-" for t in TARGETS]
-        print(f"{kernel:{width}} " + " ".join(f"{cell:>12}" for cell in cells))
+        print(f"{kernel:{width}} " + " ".join(f"{cell:>25}" for cell in cells))
 
 
 def rows(table, *more):

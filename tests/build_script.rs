@@ -101,14 +101,14 @@ fn nvcc_in(folder: &str) -> String {
     format!("{folder}/nvcc{}", std::env::consts::EXE_SUFFIX)
 }
 
-/// An nvcc 99.1 that notes its arguments and writes `ptx`.
+/// An nvcc 99.1 that notes its arguments and writes a kernel with the name of the file, which says `ptx`.
 #[cfg(unix)]
 fn working_nvcc(ptx: &str) -> String {
     format!(
         r#"[ "$1" = --version ] && echo "Cuda compilation tools, release 99.1, V99.1.5" && exit
 echo "$@" >> "$(dirname "$0")/arguments"
 while [ "$1" != -o ]; do shift; done
-echo "{ptx}" > "$2""#
+echo ".visible .entry $(basename "$2" .ptx)() {{ {ptx} }}" > "$2""#
     )
 }
 
@@ -160,9 +160,46 @@ fn without_nvcc_the_snapshot_is_embedded() -> Result<()> {
     let embedded = bench.embed()?;
     assert!(embedded.nvcc.is_none() && embedded.warning.is_none());
     let generated = bench.generated()?;
-    contains(&generated, &["COMPILER: &str = \"snapshot\"", "(\"scale\", &[", "/snapshot/scale.ptx"]);
-    let copied = fs::read(bench.folder.join("out/snapshot/scale.ptx"))?;
-    assert_eq!(copied, fs::read(format!("{KERNELS}/prebuilt/scale.ptx"))?);
+    contains(&generated, &["COMPILER: &str = \"snapshot\"", "(\"scale_any\", &[", "/snapshot/scale_any.ptx"]);
+    // A module for each kernel: the file up to the first, and that one.
+    for (stem, kernels) in [("scale_into", &["scale_into"][..]), ("scale", &["scale", "scale_any"])] {
+        let whole = fs::read_to_string(format!("{KERNELS}/prebuilt/{stem}.ptx"))?;
+        for kernel in kernels {
+            let mut parts = whole.split(".visible .entry ");
+            let (head, own) = (parts.next(), parts.find(|part| part.starts_with(&format!("{kernel}("))));
+            let expected = format!("{}.visible .entry {}", head.context("a head")?, own.context("a kernel")?);
+            let module = fs::read_to_string(bench.folder.join(format!("out/snapshot/{kernel}.ptx")))?;
+            let code = |text: &str| -> Vec<String> {
+                let lines = text.lines().filter(|line| !line.is_empty() && !line.trim_start().starts_with("//"));
+                lines.map(str::to_owned).collect()
+            };
+            assert!(code(&module) == code(&expected), "{kernel} is otherwise");
+            assert_eq!(module.matches(".entry").count(), 1, "{kernel}");
+        }
+    }
+    Ok(())
+}
+
+/// What stands between kernels belongs to all of them, and braces in comments to nobody.
+#[test]
+fn each_kernel_becomes_a_module_with_all_that_is_no_kernel() {
+    let [head, helper, tail] = [".version 8.0\n", ".func helper()\n{\n}\n", ".global .u32 last;\n"];
+    let first = ".visible .entry first(\n\t.param .u64 a\n)\n{ // callseq 0, {\n\t{\n\tret;\n\t}\n}\n";
+    let second = ".visible .entry second()\n.maxntid 256\n{ ret; }\n";
+    let modules = ptx::kernels_of(&[head, first, helper, second, tail].concat());
+    let expected = [("first", [head, first, helper, tail]), ("second", [head, helper, second, tail])];
+    assert_eq!(modules, expected.map(|(symbol, parts)| (symbol.to_owned(), parts.concat())));
+    let touching = ptx::kernels_of(&[head, first, second].concat());
+    assert_eq!(touching[1].1, [head, second].concat());
+    assert!(ptx::kernels_of(head).is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn ptx_without_a_kernel_is_refused() -> Result<()> {
+    let bench = Bench::new("no_kernel")?;
+    bench.program("cuda/bin/nvcc", &working_nvcc("").replace(".visible .entry", ".func"))?;
+    contains(&bench.refusal(), &["the PTX of kernels/clamp.cu has no `.visible .entry`"]);
     Ok(())
 }
 
@@ -254,7 +291,7 @@ fn ptx_of_nvcc_comes_first_and_the_snapshot_second() -> Result<()> {
     contains(&generated, &["COMPILER: &str = \"nvcc 99.1\""]);
     let place = |path: &str| generated.find(path).context("not in ptx.rs").map(|at| (at, path.to_owned()));
     assert!(place("/nvcc/scale.ptx")? < place("/snapshot/scale.ptx")?, "{generated}");
-    assert_eq!(fs::read_to_string(bench.folder.join("out/nvcc/scale.ptx"))?, "fresh\n");
+    assert_eq!(fs::read_to_string(bench.folder.join("out/nvcc/scale.ptx"))?, ".visible .entry scale() { fresh }\n");
     let arguments = fs::read_to_string(bench.folder.join("cuda/bin/arguments"))?;
     contains(&arguments, &["-ptx -arch=compute_90 -std=c++17 --fmad=false --ftz=false --prec-div=true"]);
 

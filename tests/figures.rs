@@ -232,6 +232,28 @@ fn predictions_stand_beside_what_was_found() {
     }
 }
 
+/// What a first call loads: sums over the rows of its kernels.
+#[test]
+fn first_calls_are_those_of_the_committed_code() {
+    let text = read("kernels/prebuilt/registers.csv");
+    let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+    let columns = lines.next().unwrap();
+    let column = |name: &str| columns.iter().position(|column| *column == name).unwrap();
+    let rows: Vec<_> = lines.filter(|row| row[column("target")] == "sm_90").collect();
+    let shown = table(&block("README.md", "first-call"));
+    assert!(shown.len() >= 10, "{shown:?}");
+    for row in &shown {
+        let [call, kernels, instructions, kib] = row.as_slice() else { panic!("{row:?}") };
+        let kernels: Vec<_> = kernels.split(", ").map(|name| name.trim_matches('`')).collect();
+        let sum = |name: &str| -> u64 {
+            let of = |kernel: &&str| rows.iter().find(|row| row[column("kernel")] == *kernel).unwrap()[column(name)];
+            kernels.iter().map(|kernel| of(kernel).parse::<u64>().unwrap()).sum()
+        };
+        assert_eq!(instructions.replace(',', ""), sum("instructions").to_string(), "{call}");
+        assert_eq!(*kib, format!("{:.0}", sum("ptx_bytes") as f64 / 1024.0), "{call}");
+    }
+}
+
 /// A picture names the record it was drawn of.
 #[test]
 fn pictures_are_of_the_newest_record() {

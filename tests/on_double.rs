@@ -59,6 +59,7 @@ mod double {
     pub mod graphs;
     pub mod host_allocations;
     pub mod lifetimes;
+    pub mod loading;
     #[cfg(feature = "nccl")]
     pub mod nccl;
     pub mod predictions;

@@ -1,6 +1,7 @@
 //! The verbs on device memory.
 
 use super::driver::{check_driver, driver_error, is_capturing, CurrentContext, HomeThread, KeepsContext};
+use super::kernel::Kernel;
 use super::kernels::Kernels;
 use super::launch::Launcher;
 use super::outputs::Outputs;
@@ -22,8 +23,9 @@ use std::sync::Arc;
 
 /// Clips gradients that live on one GPU, in the order of one stream.
 ///
-/// Holds what every call needs again: the loaded kernels, the workspace, the plan of the last list. Make one for each
-/// stream and keep it; the first call with a list is slower than the rest.
+/// Holds what every call needs again: reusable buffers and the plan of the last list. Create one per stream and keep it.
+/// The loaded kernels are shared by all clippers of the same CUDA context. The first call of each kind loads its kernels,
+/// and the first call with a list is slower than the rest.
 ///
 /// Each call enqueues at most three kernels and returns. The host never waits, nothing is allocated once a list of that
 /// size has been seen, and the calling thread's current CUDA context is left as it was. A call can be captured into a
@@ -31,8 +33,8 @@ use std::sync::Arc;
 /// off: a capture must not wait for an event from before it).
 ///
 /// A graph may outlive the clipper. What a capture has used is therefore never freed, but left to the context: the
-/// workspace, the reports, and the loaded kernels (`device_bytes`, and their code, some ten KiB). So keep and use again
-/// a clipper that captures, rather than make one for each capture. And do not drop a clipper while some stream of its
+/// workspace and the reports (`device_bytes`), and the kernels, which later clippers of the context use again. So keep and
+/// use again a clipper that captures, rather than make one for each capture. And do not drop a clipper while some stream of its
 /// context captures: the driver allows neither unloading nor freeing then, and the capture can be lost.
 ///
 /// A clipper can be moved to other threads. One for the per-thread default stream works only in the thread that made it
@@ -68,10 +70,11 @@ pub struct Clipper {
 }
 
 impl Clipper {
-    /// Loads the kernels for the device of `stream`; work will be enqueued there.
+    /// A clipper for `stream`, where its work will be enqueued.
     ///
-    /// Cost: the driver compiles the kernels for its GPU (once on a machine, then from its cache); 36 KiB of device
-    /// memory.
+    /// Cost: 36 KiB of device memory. Loads no kernel: a call loads those that it launches, unless a clipper of the same
+    /// context has. At its first load the driver compiles a kernel for its GPU, and keeps the result on disk for later
+    /// processes. The README has how much code each call loads.
     ///
     /// # Errors
     /// [`Error::DriverMissing`], [`Error::DriverTooOld`], [`Error::GpuTooOld`], [`Error::OutOfMemory`],
@@ -89,7 +92,7 @@ impl Clipper {
         Ok(Self {
             stream: stream.clone(),
             home: HomeThread::of(stream),
-            kernels: Arc::new(KeepsContext::new(Kernels::load(context)?)),
+            kernels: Kernels::of(context)?,
             workspace: KeepsContext::new(Workspace::new(stream)),
             outputs: KeepsContext::new(Outputs::new(stream)),
             reports: Arc::new(ReportRing::new(stream)?),
@@ -351,7 +354,14 @@ impl Clipper {
 
     fn norm_stages(&mut self, clip: &ClipNorm, applied: Applied) -> Result<Pending<NormReport>> {
         let capturing = self.prepare_norm(clip)?;
-        self.kernels.prepare(clip.norm_type, capturing)?;
+        let stage_3 = match applied {
+            Applied::InPlace => Some(Kernel::Scale),
+            Applied::OutOfPlace(_) => Some(Kernel::ScaleInto),
+            Applied::Nowhere => None,
+        };
+        let stages = [Kernel::norm_partials(clip.norm_type), Kernel::clip_coef(clip.norm_type)];
+        self.kernels.prepare(&stages, capturing)?;
+        self.kernels.prepare(stage_3.as_slice(), capturing)?;
         let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         let outputs = match applied {
             Applied::OutOfPlace(_) => {
@@ -366,7 +376,7 @@ impl Clipper {
         let launcher = self.launcher();
         launcher
             .norm_partials(clip.norm_type, sums, scales)
-            .and_then(|()| launcher.clip_coef(&params, sums, scales, self.plan.numel(), report))
+            .and_then(|()| launcher.clip_coef(clip.norm_type, &params, [sums, scales], self.plan.numel(), report))
             .inspect_err(|_| self.reports.give_back(slot))?;
         // The slot stays taken after an error: a graph may write it by now.
         match (applied, outputs) {
@@ -379,6 +389,7 @@ impl Clipper {
 
     fn given_norm_stages(&mut self, total_norm: TotalNorm<'_>, clip: &ClipNorm) -> Result<Pending<NormReport>> {
         let capturing = self.prepare_norm(clip)?;
+        self.kernels.prepare(&[Kernel::ClipCoefOfNorm, Kernel::ScaleAny], capturing)?;
         let (norm, norm_at) = match total_norm.0 {
             Source::Value(norm) => (norm, 0),
             Source::Address(address, _) => (0.0, address),
@@ -396,6 +407,7 @@ impl Clipper {
 
     fn value_stages(&mut self, clip: &ClipValue) -> Result<Pending<ValueReport>> {
         let capturing = self.prepare()?;
+        self.kernels.prepare(&[Kernel::Clamp, Kernel::ClampCounts], capturing)?;
         let slot = self.reports.take(capturing)?;
         let launcher = self.launcher();
         let counts = self.workspace.sums();
@@ -419,9 +431,6 @@ impl Clipper {
     fn prepare(&mut self) -> Result<bool> {
         let capturing = self.prepare_plan()?;
         self.workspace.prepare(&self.plan, capturing)?;
-        if capturing {
-            self.kernels.leave_to_graphs();
-        }
         Ok(capturing)
     }
 

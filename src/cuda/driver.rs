@@ -1,9 +1,10 @@
 //! The border to the CUDA driver: is there one, what do its errors mean, whose context is current.
 
 use crate::error::{Error, Result};
-use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus};
+use cudarc::driver::sys::{cuDriverGetVersion, CUcontext, CUresult, CUstreamCaptureStatus};
 use cudarc::driver::{result, CudaContext, CudaStream, DriverError};
 use std::cell::Cell;
+use std::ffi::c_ulonglong;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -14,9 +15,9 @@ const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 const LIBRARIES: [&str; 1] = ["nvcuda.dll"];
 const LIBRARIES_TEXT: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1, libcuda.so" };
 
-/// Driver functions reached by this crate, through cudarc. cudarc panics at the first use of one that the driver
-/// lacks, so they are looked up here before.
-const FUNCTIONS: [&str; 36] = [
+/// Driver functions reached by this crate. cudarc panics at the first use of one that the driver lacks, so they are
+/// looked up here before.
+const FUNCTIONS: [&str; 37] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGet",
@@ -25,6 +26,7 @@ const FUNCTIONS: [&str; 36] = [
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",
     "cuCtxGetCurrent",
+    "cuCtxGetId",
     "cuCtxSetCurrent",
     "cuCtxSynchronize",
     "cuModuleLoadData",
@@ -61,11 +63,18 @@ const FUNCTIONS: [&str; 36] = [
 /// # Errors
 /// [`Error::DriverMissing`], [`Error::DriverTooOld`].
 pub fn check_driver() -> Result<()> {
-    static ANSWER: OnceLock<Result<()>> = OnceLock::new();
+    found().map(drop)
+}
+
+/// cuCtxGetId. Not called through cudarc, which has it only where it was built for CUDA 12 or later.
+type CtxGetId = unsafe extern "C" fn(CUcontext, *mut c_ulonglong) -> CUresult;
+
+fn found() -> Result<CtxGetId> {
+    static ANSWER: OnceLock<Result<CtxGetId>> = OnceLock::new();
     ANSWER.get_or_init(probe).clone()
 }
 
-fn probe() -> Result<()> {
+fn probe() -> Result<CtxGetId> {
     let mut reasons = Vec::new();
     for name in LIBRARIES {
         // SAFETY: opening the driver runs its initialisers, as any CUDA program does.
@@ -75,11 +84,16 @@ fn probe() -> Result<()> {
                     // SAFETY: the symbol is looked up, never called or read.
                     unsafe { library.get::<*const ()>(function.as_bytes()) }.is_err()
                 });
+                // SAFETY: the symbol has this type in cuda.h, and the library stays open, see below.
+                let ctx_get_id = unsafe { library.get::<CtxGetId>(b"cuCtxGetId") }.map(|symbol| *symbol);
                 // Stays open: cudarc opens the same library, and closing a driver is not something drivers are good at.
                 std::mem::forget(library);
-                return match missing {
-                    None => Ok(()),
-                    Some(function) => Err(Error::DriverTooOld { reason: format!("{name} has no {function}") }),
+                return match (missing, ctx_get_id) {
+                    (None, Ok(ctx_get_id)) => Ok(ctx_get_id),
+                    (missing, _) => {
+                        let function = missing.unwrap_or(&"cuCtxGetId");
+                        Err(Error::DriverTooOld { reason: format!("{name} has no {function}") })
+                    }
                 };
             }
             Err(error) => reasons.push(loader_text(&error)),
@@ -119,6 +133,23 @@ pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     }
     let _current = CurrentContext::save()?;
     CudaContext::new(ordinal).map_err(driver_error("creating the context"))
+}
+
+/// The id of a context, which no other context of the process has or will have: a primary context that was destroyed and
+/// made again may have the address that it had, but not the id.
+pub(crate) fn context_id(context: &CudaContext) -> Result<u64> {
+    let (ctx_get_id, mut id) = (found()?, 0);
+    // SAFETY: the function is the driver's, the context is alive, held by the reference, and the result goes to a local.
+    unsafe { ctx_get_id(context.cu_ctx(), &raw mut id) }.result().map_err(driver_error("cuCtxGetId"))?;
+    Ok(id)
+}
+
+/// The CUDA release that the driver is for: 12080 for 12.8.
+pub(crate) fn driver_version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: the result goes to a local.
+    unsafe { cuDriverGetVersion(&raw mut version) }.result().map_err(driver_error("cuDriverGetVersion"))?;
+    Ok(version)
 }
 
 /// Wraps a driver error with what was being done. (`DriverError`'s own `Display` asks the driver for its text.)

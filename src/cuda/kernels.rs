@@ -1,13 +1,16 @@
-//! The kernels, loaded into a context.
+//! The kernels of a context: one lazy table, which all of its clippers share.
+//!
+//! A module holds one kernel, because the driver compiles a whole module at its first load. So a call compiles what it
+//! launches, and nothing else ([decision 0011](../../docs/decisions/0011-loading.md)).
 
-use super::driver::{driver_error, CurrentContext};
+use super::driver::{context_id, driver_error, driver_version, CurrentContext, KeepsContext};
+use super::kernel::Kernel;
 use crate::error::{Error, Result};
-use crate::options::NormType;
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction, CUmodule, CUresult};
 use cudarc::driver::{result, CudaContext, DriverError};
 use std::ffi::CString;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
@@ -20,338 +23,188 @@ pub fn compiler() -> &'static str {
     COMPILER
 }
 
-/// One function for each symbol of `kernels/`.
+/// The kernels that are loaded into a context. The last clipper of the context unloads them, except those that captured
+/// graphs launch.
 #[derive(Debug)]
 pub(crate) struct Kernels {
-    norm_partials: ByNorm,
-    pub clip_coef: CUfunction,
-    pub clip_coef_p: CUfunction,
-    pub clip_coef_rms: CUfunction,
-    pub clip_coef_of_norm: CUfunction,
-    pub scale: CUfunction,
-    pub scale_any: CUfunction,
-    pub clamp: CUfunction,
-    pub clamp_counts: CUfunction,
-    modules: Modules,
-}
-
-// SAFETY: the handles are the driver's, which takes them in any thread.
-unsafe impl Send for Kernels {}
-// SAFETY: as above; what changes is behind a lock or atomic.
-unsafe impl Sync for Kernels {}
-
-impl Kernels {
-    /// `context` must be current.
-    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
-        check_compute_capability(context)?;
-        let modules = Modules::new(context);
-        let norm_partials = modules.load("norm_partials")?;
-        let clip_coef = modules.load("clip_coef")?;
-        let scale = modules.load("scale")?;
-        let clamp = modules.load("clamp")?;
-        Ok(Self {
-            norm_partials: modules.by_norm(norm_partials, "norm_partials")?,
-            clip_coef: modules.function(clip_coef, "clip_coef")?,
-            clip_coef_p: modules.function(clip_coef, "clip_coef_p")?,
-            clip_coef_rms: modules.function(clip_coef, "clip_coef_rms")?,
-            clip_coef_of_norm: modules.function(clip_coef, "clip_coef_of_norm")?,
-            scale: modules.function(scale, "scale")?,
-            scale_any: modules.function(scale, "scale_any")?,
-            clamp: modules.function(clamp, "clamp")?,
-            clamp_counts: modules.function(clamp, "clamp_counts")?,
-            modules,
-        })
-    }
-
-    /// Loads what a norm takes that most programs never ask for. The context must be current.
-    pub(crate) fn prepare(&self, norm_type: NormType, capturing: bool) -> Result<()> {
-        if self.norm_partials.lacks(norm_type) {
-            let module = self.modules.load_late("norm_partials_p", capturing)?;
-            self.norm_partials.add_p(self.modules.function(module, "norm_partials_p")?);
-        }
-        Ok(())
-    }
-
-    /// After [`prepare`](Self::prepare) for the same.
-    pub(crate) fn norm_partials(&self, norm_type: NormType) -> Result<CUfunction> {
-        self.norm_partials.of(norm_type)
-    }
-
-    /// Graphs may launch the kernels from now on, so they stay loaded: see `DeviceBuffer::leave_to_graphs`.
-    pub(crate) fn leave_to_graphs(&self) {
-        self.modules.leave_to_graphs();
-    }
-}
-
-/// The kernel of calls out of place. Loaded when it is first needed: a quarter of the PTX of the others.
-#[derive(Debug)]
-pub(crate) struct IntoKernel {
-    pub scale_into: CUfunction,
-    modules: Modules,
-}
-
-// SAFETY: as for `Kernels`.
-unsafe impl Send for IntoKernel {}
-
-impl IntoKernel {
-    /// `context` must be current.
-    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
-        let modules = Modules::new(context);
-        let scale_into = modules.load("scale_into")?;
-        Ok(Self { scale_into: modules.function(scale_into, "scale_into")?, modules })
-    }
-
-    /// As [`Kernels::leave_to_graphs`].
-    pub(crate) fn leave_to_graphs(&self) {
-        self.modules.leave_to_graphs();
-    }
-}
-
-/// The kernels of norms over several ranks. Loaded when they are first needed.
-#[derive(Debug)]
-pub(crate) struct ShardKernels {
-    pub weigh_partials: CUfunction,
-    fold_partials: CUfunction,
-    fold_partials_p: CUfunction,
-    clip_coef: CUfunction,
-    clip_coef_p: CUfunction,
-    modules: Modules,
-}
-
-// SAFETY: as for `Kernels`.
-unsafe impl Send for ShardKernels {}
-
-impl ShardKernels {
-    /// `context` must be current.
-    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
-        let modules = Modules::new(context);
-        let shards = modules.load("shards")?;
-        let function = |symbol| modules.function(shards, symbol);
-        Ok(Self {
-            weigh_partials: function("weigh_partials")?,
-            fold_partials: function("fold_partials")?,
-            fold_partials_p: function("fold_partials_p")?,
-            clip_coef: function("clip_coef_of_ranks")?,
-            clip_coef_p: function("clip_coef_of_ranks_p")?,
-            modules,
-        })
-    }
-
-    pub(crate) fn fold_partials(&self, norm_type: NormType) -> CUfunction {
-        if matches!(norm_type, NormType::P(_)) {
-            self.fold_partials_p
-        } else {
-            self.fold_partials
-        }
-    }
-
-    pub(crate) fn clip_coef(&self, norm_type: NormType) -> CUfunction {
-        if matches!(norm_type, NormType::P(_)) {
-            self.clip_coef_p
-        } else {
-            self.clip_coef
-        }
-    }
-
-    /// As [`Kernels::leave_to_graphs`].
-    pub(crate) fn leave_to_graphs(&self) {
-        self.modules.leave_to_graphs();
-    }
-}
-
-/// The kernels of calls with more than one norm. Loaded when they are first needed: their PTX is larger than that of all
-/// others.
-#[derive(Debug)]
-pub(crate) struct ScopedKernels {
-    partials: ByNorm,
-    stats: ByNorm,
-    coefs: CUfunction,
-    coefs_p: OnceLock<CUfunction>,
-    pub scale: CUfunction,
-    modules: Modules,
-}
-
-// SAFETY: as for `Kernels`.
-unsafe impl Send for ScopedKernels {}
-
-/// Those of value clipping with a scope; the same.
-#[derive(Debug)]
-pub(crate) struct ScopedClampKernels {
-    pub clamp: CUfunction,
-    pub counts: CUfunction,
-    modules: Modules,
-}
-
-// SAFETY: as for `Kernels`.
-unsafe impl Send for ScopedClampKernels {}
-
-impl ScopedClampKernels {
-    /// `context` must be current.
-    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
-        let modules = Modules::new(context);
-        let module = modules.load("scoped_clamp")?;
-        Ok(Self {
-            clamp: modules.function(module, "scoped_clamp")?,
-            counts: modules.function(module, "scoped_clamp_counts")?,
-            modules,
-        })
-    }
-
-    /// As [`Kernels::leave_to_graphs`].
-    pub(crate) fn leave_to_graphs(&self) {
-        self.modules.leave_to_graphs();
-    }
-}
-
-impl ScopedKernels {
-    /// `context` must be current.
-    pub(crate) fn load(context: &Arc<CudaContext>) -> Result<Self> {
-        let modules = Modules::new(context);
-        let scoped = modules.load("scoped")?;
-        let stats = modules.load("scoped_stats")?;
-        Ok(Self {
-            partials: modules.by_norm(scoped, "scoped_partials")?,
-            stats: modules.by_norm(stats, "scoped_stats")?,
-            coefs: modules.function(scoped, "scoped_coefs")?,
-            coefs_p: OnceLock::new(),
-            scale: modules.function(scoped, "scoped_scale")?,
-            modules,
-        })
-    }
-
-    /// As [`Kernels::prepare`].
-    pub(crate) fn prepare(&self, norm_type: NormType, capturing: bool) -> Result<()> {
-        if self.partials.lacks(norm_type) {
-            let module = self.modules.load_late("scoped_p", capturing)?;
-            let [partials, stats, coefs] = ["scoped_partials_p", "scoped_stats_p", "scoped_coefs_p"];
-            self.stats.add_p(self.modules.function(module, stats)?);
-            let _ = self.coefs_p.set(self.modules.function(module, coefs)?);
-            self.partials.add_p(self.modules.function(module, partials)?);
-        }
-        Ok(())
-    }
-
-    /// This and the next two: after [`prepare`](Self::prepare) for the same.
-    pub(crate) fn partials(&self, norm_type: NormType) -> Result<CUfunction> {
-        self.partials.of(norm_type)
-    }
-
-    pub(crate) fn stats(&self, norm_type: NormType) -> Result<CUfunction> {
-        self.stats.of(norm_type)
-    }
-
-    pub(crate) fn coefs(&self, norm_type: NormType) -> Result<CUfunction> {
-        match norm_type {
-            NormType::P(_) => self.coefs_p.get().copied().ok_or(NOT_PREPARED),
-            _ => Ok(self.coefs),
-        }
-    }
-
-    /// As [`Kernels::leave_to_graphs`].
-    pub(crate) fn leave_to_graphs(&self) {
-        self.modules.leave_to_graphs();
-    }
-}
-
-const NOT_PREPARED: Error = Error::CaptureNeedsWarmup { what: "the kernel for norms of any order" };
-
-/// A kernel that there is one of for each kind of norm; for any order since it was first asked for.
-#[derive(Debug)]
-struct ByNorm {
-    l1: CUfunction,
-    l2: CUfunction,
-    inf: CUfunction,
-    p: OnceLock<CUfunction>,
-}
-
-impl ByNorm {
-    fn lacks(&self, norm_type: NormType) -> bool {
-        matches!(norm_type, NormType::P(_)) && self.p.get().is_none()
-    }
-
-    fn add_p(&self, function: CUfunction) {
-        let _ = self.p.set(function); // of two threads that load it, one
-    }
-
-    fn of(&self, norm_type: NormType) -> Result<CUfunction> {
-        match norm_type {
-            NormType::L1 => Ok(self.l1),
-            NormType::L2 | NormType::Rms => Ok(self.l2),
-            NormType::Inf => Ok(self.inf),
-            NormType::P(_) => self.p.get().copied().ok_or(NOT_PREPARED),
-        }
-    }
-}
-
-/// Loaded into the context, unloaded when dropped.
-#[derive(Debug)]
-struct Modules {
     context: Arc<CudaContext>,
-    loaded: Mutex<Vec<CUmodule>>,
+    /// Of the context. A context that is made where another one was has the same address, and another id.
+    id: u64,
+    slots: [Slot; Kernel::COUNT],
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    loaded: OnceLock<Loaded>,
+    /// Held while the kernel is loaded, so that two threads do not load it twice.
+    loading: Mutex<()>,
+    /// Whether a graph may launch the kernel.
     captured: AtomicBool,
 }
 
-impl Modules {
-    fn new(context: &Arc<CudaContext>) -> Self {
-        Self { context: context.clone(), loaded: Mutex::default(), captured: AtomicBool::new(false) }
-    }
+#[derive(Clone, Copy, Debug)]
+struct Loaded {
+    module: CUmodule,
+    function: CUfunction,
+}
 
-    /// A function of a module that was loaded here.
-    fn function(&self, module: CUmodule, symbol: &str) -> Result<CUfunction> {
-        // Ours have no NUL in them.
-        let symbol = CString::new(symbol).unwrap_or_default();
-        // SAFETY: the module was loaded by `load`, and is unloaded no earlier than this value is dropped.
-        unsafe { result::module::get_function(module, symbol) }.map_err(driver_error("cuModuleGetFunction"))
-    }
+// SAFETY: the handles are the driver's, which takes them in any thread.
+unsafe impl Send for Loaded {}
+// SAFETY: as above; nothing changes behind a shared reference.
+unsafe impl Sync for Loaded {}
 
-    /// Of a kernel that there is one of for each kind of norm, without that for any order.
-    fn by_norm(&self, module: CUmodule, stem: &str) -> Result<ByNorm> {
-        let function = |norm: &str| self.function(module, &format!("{stem}_{norm}"));
-        Ok(ByNorm { l1: function("l1")?, l2: function("l2")?, inf: function("inf")?, p: OnceLock::new() })
-    }
+/// What is known of a context that has clippers, or graphs that were captured from them.
+struct Known {
+    id: u64,
+    kernels: Weak<KeepsContext<Kernels>>,
+    /// Launched by graphs, and so loaded until the context goes, of which nobody tells. An id is never used again, so an
+    /// entry of a context that is gone costs its few bytes and is never found.
+    captured: Vec<(Kernel, Loaded)>,
+}
 
-    fn leave_to_graphs(&self) {
-        self.captured.store(true, Ordering::Relaxed);
-    }
+fn contexts() -> MutexGuard<'static, Vec<Known>> {
+    static CONTEXTS: Mutex<Vec<Known>> = Mutex::new(Vec::new());
+    CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-    /// [`load`](Self::load), of what is not loaded with the rest.
-    fn load_late(&self, stem: &str, capturing: bool) -> Result<CUmodule> {
-        if capturing {
-            return Err(NOT_PREPARED);
+impl Kernels {
+    /// The table of `context`, which must be current. Loads nothing.
+    pub(crate) fn of(context: &Arc<CudaContext>) -> Result<Arc<KeepsContext<Self>>> {
+        check_compute_capability(context)?;
+        check_driver_version()?;
+        let id = context_id(context)?;
+        let mut contexts = contexts();
+        contexts.retain(|known| known.kernels.strong_count() > 0 || !known.captured.is_empty());
+        let index = contexts.iter().position(|known| known.id == id).unwrap_or_else(|| {
+            contexts.push(Known { id, kernels: Weak::new(), captured: Vec::new() });
+            contexts.len() - 1
+        });
+        let known = &mut contexts[index];
+        if let Some(kernels) = known.kernels.upgrade() {
+            return Ok(kernels);
         }
-        self.load(stem)
+        let slots = std::array::from_fn(|_| Slot::default());
+        for (kernel, loaded) in known.captured.drain(..) {
+            let slot: &Slot = &slots[kernel as usize];
+            slot.captured.store(true, Ordering::Relaxed);
+            let _ = slot.loaded.set(loaded); // if it is there twice, either will do
+        }
+        let kernels = Arc::new(KeepsContext::new(Self { context: context.clone(), id, slots }));
+        known.kernels = Arc::downgrade(&kernels);
+        Ok(kernels)
     }
 
-    /// Tries each PTX we have of a stem: that of the local nvcc first, then the snapshot, which older drivers take too.
-    fn load(&self, stem: &str) -> Result<CUmodule> {
-        let candidates = MODULES.iter().find(|(name, _)| *name == stem).map_or(&[][..], |(_, texts)| texts);
-        let mut last = Error::DriverTooOld { reason: format!("no PTX of {stem} is embedded") };
+    /// Loads those of a call's kernels that are not loaded yet. The context must be current.
+    ///
+    /// A captured call loads nothing, which the driver would not allow. The kernels it launches stay loaded as long as
+    /// the context: see `DeviceBuffer::leave_to_graphs`.
+    #[inline]
+    pub(crate) fn prepare(&self, wanted: &[Kernel], capturing: bool) -> Result<()> {
+        for &kernel in wanted {
+            let slot = &self.slots[kernel as usize];
+            if slot.loaded.get().is_none() {
+                slot.load(kernel, capturing)?;
+            }
+            if capturing {
+                slot.captured.store(true, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// After [`prepare`](Self::prepare) for the same kernel.
+    #[inline]
+    pub(crate) fn get(&self, kernel: Kernel) -> Result<CUfunction> {
+        match self.slots[kernel as usize].loaded.get() {
+            Some(loaded) => Ok(loaded.function),
+            None => Err(NOT_LOADED),
+        }
+    }
+}
+
+impl Slot {
+    #[cold]
+    fn load(&self, kernel: Kernel, capturing: bool) -> Result<()> {
+        if capturing {
+            return Err(NOT_LOADED);
+        }
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.loaded.get().is_none() {
+            let loaded = Loaded::new(kernel)?;
+            let _ = self.loaded.set(loaded); // it is empty: nobody else holds the lock
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        let (mut captured, mut unused) = (Vec::new(), Vec::new());
+        for (kernel, slot) in Kernel::ALL.into_iter().zip(&mut self.slots) {
+            let is_captured = *slot.captured.get_mut();
+            if let Some(loaded) = slot.loaded.take() {
+                (if is_captured { &mut captured } else { &mut unused }).push((kernel, loaded));
+            }
+        }
+        if !captured.is_empty() {
+            let mut contexts = contexts();
+            match contexts.iter_mut().find(|known| known.id == self.id) {
+                Some(known) => known.captured.append(&mut captured),
+                None => contexts.push(Known { id: self.id, kernels: Weak::new(), captured }),
+            }
+        }
+        let Ok(_current) = CurrentContext::enter(&self.context) else { return };
+        // Whoever resets a primary context takes the modules away, and their handles may be those of others by now.
+        if context_id(&self.context) != Ok(self.id) {
+            return;
+        }
+        for (_, loaded) in unused {
+            loaded.unload();
+        }
+    }
+}
+
+const NOT_LOADED: Error = Error::CaptureNeedsWarmup { what: "a kernel of this call" };
+
+impl Loaded {
+    /// Tries each module we have of a kernel: that of the local nvcc first, then the snapshot, which older drivers take
+    /// too. The context must be current.
+    fn new(kernel: Kernel) -> Result<Self> {
+        let symbol = kernel.symbol();
+        let candidates = MODULES.iter().find(|(name, _)| *name == symbol).map_or(&[][..], |(_, texts)| texts);
+        let mut last = Error::DriverTooOld { reason: format!("no PTX of {symbol} is embedded") };
         for text in candidates {
             // PTX is text, so no NUL is in it.
             let image = CString::new(*text).unwrap_or_default();
             // SAFETY: a context is current; the image is PTX that ends with a NUL, and is alive during the call.
             match unsafe { result::module::load_data(image.as_ptr().cast()) } {
-                Ok(module) => {
-                    self.loaded.lock().unwrap_or_else(PoisonError::into_inner).push(module);
-                    return Ok(module);
-                }
-                Err(error) => last = load_error(stem, text, error),
+                Ok(module) => return Self::of_module(module, symbol),
+                Err(error) => last = load_error(symbol, text, error),
             }
         }
         Err(last)
     }
-}
 
-impl Drop for Modules {
-    fn drop(&mut self) {
-        if self.captured.load(Ordering::Relaxed) {
-            return;
+    /// Takes over `module`, which was just loaded.
+    fn of_module(module: CUmodule, symbol: &str) -> Result<Self> {
+        // Ours have no NUL in them.
+        let name = CString::new(symbol).unwrap_or_default();
+        // SAFETY: the module is loaded.
+        match unsafe { result::module::get_function(module, name) } {
+            Ok(function) => Ok(Self { module, function }),
+            Err(error) => {
+                // SAFETY: loaded by the caller, and used by nothing.
+                let _ = unsafe { result::module::unload(module) };
+                Err(driver_error("cuModuleGetFunction")(error))
+            }
         }
-        let Ok(_current) = CurrentContext::enter(&self.context) else { return };
-        for &module in self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner).iter() {
-            // SAFETY: loaded above, unloaded once; its functions go with the value that holds both.
-            let _ = unsafe { result::module::unload(module) };
-        }
+    }
+
+    /// The context must be current, and the one it was loaded into.
+    fn unload(self) {
+        // SAFETY: loaded above, unloaded once, by the table that gave the function to its clippers, which are gone. An
+        // error here has nobody to go to.
+        let _ = unsafe { result::module::unload(self.module) };
     }
 }
 
@@ -365,13 +218,75 @@ fn check_compute_capability(context: &CudaContext) -> Result<()> {
     Ok(())
 }
 
-fn load_error(stem: &str, ptx: &str, error: DriverError) -> Error {
+/// Whether the driver is one that takes the kernels, which are loaded only when they are needed.
+fn check_driver_version() -> Result<()> {
+    let driver = driver_version()?;
+    let texts = MODULES.first().map_or(&[][..], |(_, texts)| texts);
+    if texts.iter().any(|text| cuda_of_ptx(version_of(text)) <= driver) {
+        return Ok(());
+    }
+    let versions: Vec<_> = texts.iter().map(|text| version_of(text)).collect();
+    let reason = format!(
+        "it is one for CUDA {}.{}, which does not take PTX {}",
+        driver / 1000,
+        driver % 1000 / 10,
+        versions.join(" or ")
+    );
+    Err(Error::DriverTooOld { reason })
+}
+
+fn version_of(ptx: &str) -> &str {
+    ptx.lines().find_map(|line| line.strip_prefix(".version ")).unwrap_or("?").trim()
+}
+
+/// The first CUDA release, counted as cuDriverGetVersion does, that takes a version of PTX: "Release History" in NVIDIA's
+/// "Parallel Thread Execution ISA". Of a version that is not in there, 0: then the load says whether the driver takes it.
+fn cuda_of_ptx(version: &str) -> i32 {
+    let numbers = version.split_once('.').map(|(major, minor)| (major.parse(), minor.parse()));
+    match numbers {
+        Some((Ok(8), Ok(minor @ 0..=5))) => 12_000 + 10 * minor,
+        Some((Ok(8), Ok(minor @ 6..=8))) => 12_010 + 10 * minor,
+        Some((Ok(9), Ok(minor @ 0..=9))) => 13_000 + 10 * minor,
+        _ => 0,
+    }
+}
+
+fn load_error(symbol: &str, ptx: &str, error: DriverError) -> Error {
     match error.0 {
         CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | CUresult::CUDA_ERROR_INVALID_PTX => {
-            let version = ptx.lines().find_map(|line| line.strip_prefix(".version ")).unwrap_or("?");
-            Error::DriverTooOld { reason: format!("it refuses {stem} in PTX {version} ({:?})", error.0) }
+            let reason = format!("it refuses {symbol} in PTX {} ({:?})", version_of(ptx), error.0);
+            Error::DriverTooOld { reason }
         }
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { what: "kernels", bytes: ptx.len() },
         _ => driver_error("cuModuleLoadData")(error),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_every_kernel_that_is_embedded() {
+        let mut embedded: Vec<_> = MODULES.iter().map(|(symbol, _)| *symbol).collect();
+        let mut ours = Kernel::ALL.map(Kernel::symbol);
+        embedded.sort_unstable();
+        ours.sort_unstable();
+        assert_eq!(embedded, ours);
+        assert!(MODULES.iter().all(|(_, texts)| !texts.is_empty()));
+    }
+
+    /// The releases are those of `tests/double/driver/modules.cpp`, which maps the other way.
+    #[test]
+    fn a_version_of_ptx_needs_a_cuda_release() {
+        let pairs = [("7.8", 0), ("8.0", 12_000), ("8.5", 12_050), ("8.6", 12_070), ("8.7", 12_080), ("8.8", 12_090)];
+        for (version, cuda) in pairs.into_iter().chain([("9.0", 13_000), ("9.1", 13_010), ("10.0", 0), ("?", 0)]) {
+            assert_eq!(cuda_of_ptx(version), cuda, "{version}");
+        }
+        let snapshot = MODULES[0].1.last().unwrap();
+        if COMPILER == "snapshot" {
+            assert_eq!(cuda_of_ptx(version_of(snapshot)), 12_000, "as `Error::DriverTooOld` says");
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! One function for each stage: grid, arguments, launch. Asynchronous, on the caller's stream, no allocation.
 
 use super::driver::driver_error;
+use super::kernel::Kernel;
 use super::kernels::Kernels;
 use super::outputs::Ready;
-use crate::abi::{norm_type, ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS, WARP_THREADS};
+use crate::abi::{ClampBounds, ClipParams, TensorTable, FOLD_THREADS, TILE_THREADS, WARP_THREADS};
 use crate::error::Result;
 use crate::options::NormType;
 use cudarc::driver::sys::CUfunction;
@@ -14,7 +15,7 @@ use std::ffi::c_void;
 /// to do ends after one small wave. Not yet tuned on a GPU.
 const IN_PLACE_BLOCKS_PER_SM: u32 = 16;
 
-/// Where the stages run.
+/// Where the stages run. Their kernels have been prepared.
 pub(crate) struct Launcher<'a> {
     pub kernels: &'a Kernels,
     pub stream: &'a CudaStream,
@@ -35,21 +36,28 @@ impl Launcher<'_> {
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(&sums), arg(&scales), arg(&p)];
         // Only the kernel for any order has the last one.
         let count = args.len() - usize::from(!matches!(norm_type, NormType::P(_)));
-        let kernel = self.kernels.norm_partials(norm_type)?;
+        let kernel = self.kernels.get(Kernel::norm_partials(norm_type))?;
         // SAFETY: the arguments mirror norm_partials_* in kernels/norm_partials.cu and norm_partials_p.cu. The plan keeps
         // every tile inside its tensor, the workspace has a place for each tile, and the caller of the clipper keeps the
         // tensors alive.
         unsafe { self.over_tiles("norm_partials", kernel, self.num_tiles, &mut args[..count]) }
     }
 
-    /// Partials to report.
-    pub(crate) fn clip_coef(&self, params: &ClipParams, sums: u64, scales: u64, numel: u64, report: u64) -> Result<()> {
+    /// Partials to report, by the norm that `params` are made of.
+    pub(crate) fn clip_coef(
+        &self,
+        norm_type: NormType,
+        params: &ClipParams,
+        [sums, scales]: [u64; 2],
+        numel: u64,
+        report: u64,
+    ) -> Result<()> {
+        let kernel = self.kernels.get(Kernel::clip_coef(norm_type))?;
         let (sums, scales, tiles, numel) = (arg(&sums), arg(&scales), arg(&self.num_tiles), arg(&numel));
-        let (kind, params, report) = (params.norm_type, arg(params), arg(&report));
-        let (kernel, args) = match kind {
-            norm_type::RMS => (self.kernels.clip_coef_rms, &mut [sums, scales, tiles, numel, params, report][..]),
-            norm_type::P => (self.kernels.clip_coef_p, &mut [sums, scales, tiles, params, report][..]),
-            _ => (self.kernels.clip_coef, &mut [sums, scales, tiles, params, report][..]),
+        let (params, report) = (arg(params), arg(&report));
+        let args = match norm_type {
+            NormType::Rms => &mut [sums, scales, tiles, numel, params, report][..],
+            _ => &mut [sums, scales, tiles, params, report][..],
         };
         // SAFETY: the arguments mirror clip_coef, clip_coef_p and clip_coef_rms in kernels/clip_coef.cu; the partials were
         // written by the launches before on the same stream, the slot belongs to this call.
@@ -59,7 +67,7 @@ impl Launcher<'_> {
     /// A norm, by value or (if not null) by address, to report.
     pub(crate) fn clip_coef_of_norm(&self, params: &ClipParams, norm: f64, norm_at: u64, report: u64) -> Result<()> {
         let mut args = [arg(&norm), arg(&norm_at), arg(params), arg(&report)];
-        let kernel = self.kernels.clip_coef_of_norm;
+        let kernel = self.kernels.get(Kernel::ClipCoefOfNorm)?;
         // SAFETY: the arguments mirror clip_coef_of_norm in kernels/clip_coef.cu; the norm is that of a report on this
         // stream, or whoever made the `TotalNorm` vouches for it; the slot belongs to this call.
         unsafe { launch(self.stream, "clip_coef_of_norm", kernel, (1, WARP_THREADS), &mut args) }
@@ -68,18 +76,19 @@ impl Launcher<'_> {
     /// Applies the report to the gradients, which `clip_coef` has looked at.
     pub(crate) fn scale(&self, report: u64) -> Result<()> {
         // SAFETY: `apply` takes this kernel.
-        unsafe { self.apply("scale", self.kernels.scale, report) }
+        unsafe { self.apply("scale", Kernel::Scale, report) }
     }
 
     /// Applies the report to gradients that may hold NaN or Inf.
     pub(crate) fn scale_any(&self, report: u64) -> Result<()> {
         // SAFETY: as above.
-        unsafe { self.apply("scale_any", self.kernels.scale_any, report) }
+        unsafe { self.apply("scale_any", Kernel::ScaleAny, report) }
     }
 
     /// # Safety
     /// `kernel` is scale or scale_any.
-    unsafe fn apply(&self, op: &'static str, kernel: CUfunction, report: u64) -> Result<()> {
+    unsafe fn apply(&self, op: &'static str, kernel: Kernel, report: u64) -> Result<()> {
+        let kernel = self.kernels.get(kernel)?;
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(&report)];
         // SAFETY: the arguments mirror those of both in kernels/scale.cu; the tensors are borrowed mutably by the caller,
         // and do not overlap.
@@ -88,25 +97,27 @@ impl Launcher<'_> {
 
     /// Applies the report to the gradients, and writes their outputs. The grid is that of [`scale`](Self::scale).
     pub(crate) fn scale_into(&self, outputs: Ready, skip_nonfinite: bool, report: u64) -> Result<()> {
-        let skip_nonfinite = u32::from(skip_nonfinite);
+        let (kernel, skip_nonfinite) = (self.kernels.get(Kernel::ScaleInto)?, u32::from(skip_nonfinite));
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(&outputs.table), arg(&skip_nonfinite), arg(&report)];
         // SAFETY: the arguments mirror scale_into in kernels/scale_into.cu; the table has a row for each tensor, with as
         // many elements behind it, borrowed mutably by the caller, and no byte of them is in another row or a gradient.
-        unsafe { self.over_tiles("scale_into", outputs.kernel, self.in_place_blocks(), &mut args) }
+        unsafe { self.over_tiles("scale_into", kernel, self.in_place_blocks(), &mut args) }
     }
 
     /// Clamps the gradients; `counts[tile]` for every tile.
     pub(crate) fn clamp(&self, bounds: &ClampBounds, counts: u64) -> Result<()> {
+        let kernel = self.kernels.get(Kernel::Clamp)?;
         let mut args = [arg(self.table), arg(&self.num_tiles), arg(bounds), arg(&counts)];
         // SAFETY: the arguments mirror clamp in kernels/clamp.cu; tensors as for `scale`, counts as for `norm_partials`.
-        unsafe { self.over_tiles("clamp", self.kernels.clamp, self.in_place_blocks(), &mut args) }
+        unsafe { self.over_tiles("clamp", kernel, self.in_place_blocks(), &mut args) }
     }
 
     /// Counts to report.
     pub(crate) fn clamp_counts(&self, counts: u64, report: u64) -> Result<()> {
+        let kernel = self.kernels.get(Kernel::ClampCounts)?;
         let mut args = [arg(&counts), arg(&self.num_tiles), arg(&report)];
         // SAFETY: the arguments mirror clamp_counts in kernels/clamp.cu; the counts were written by the launch before.
-        unsafe { self.one_block("clamp_counts", self.kernels.clamp_counts, &mut args) }
+        unsafe { self.one_block("clamp_counts", kernel, &mut args) }
     }
 
     fn in_place_blocks(&self) -> u32 {
@@ -128,7 +139,12 @@ impl Launcher<'_> {
 
     /// # Safety
     /// As [`launch`].
-    unsafe fn one_block(&self, op: &'static str, kernel: CUfunction, args: &mut [*mut c_void]) -> Result<()> {
+    pub(super) unsafe fn one_block(
+        &self,
+        op: &'static str,
+        kernel: CUfunction,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
         // SAFETY: passed on to the caller; `kernels` holds the module.
         unsafe { launch(self.stream, op, kernel, (1, FOLD_THREADS), args) }
     }

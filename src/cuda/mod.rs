@@ -10,6 +10,7 @@
 mod clipper;
 mod device_table;
 mod driver;
+mod kernel;
 mod kernels;
 mod launch;
 mod memory;

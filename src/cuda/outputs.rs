@@ -4,20 +4,17 @@
 //! It is copied when the outputs are others than before. 16 bytes a tensor, on the device and in each staging buffer.
 
 use super::device_table::DeviceTable;
-use super::kernels::IntoKernel;
 use crate::abi::OutputDesc;
 use crate::adapters::cudarc::{DeviceGradMut, DeviceList};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::outputs::{check_pairs, in_outputs, refuse_shared};
 use crate::plan::{Plan, TensorRef};
-use cudarc::driver::sys::CUfunction;
 use cudarc::driver::CudaStream;
 use std::sync::Arc;
 
 /// What a launch needs of the outputs. Good as long as nothing else is prepared.
 #[derive(Clone, Copy)]
 pub(crate) struct Ready {
-    pub kernel: CUfunction,
     /// Device address of the table.
     pub table: u64,
 }
@@ -30,7 +27,6 @@ pub(crate) struct Outputs {
     checked: bool,
     rows: Vec<OutputDesc>,
     table: DeviceTable<OutputDesc>,
-    kernel: Option<IntoKernel>,
 }
 
 impl Outputs {
@@ -41,7 +37,6 @@ impl Outputs {
             checked: false,
             rows: Vec::new(),
             table: DeviceTable::new(stream, "the table of outputs"),
-            kernel: None,
         }
     }
 
@@ -60,7 +55,7 @@ impl Outputs {
     }
 
     /// Checks the gathered outputs against the gradients, of which `plan` is the plan, and makes ready the table, whose
-    /// address it gives, and the kernel. Allocates and copies as [`DeviceTable::set`] does. The context is current.
+    /// address it gives. Allocates and copies as [`DeviceTable::set`] does. The context is current.
     pub(crate) fn prepare(
         &mut self,
         gradients: &[TensorRef],
@@ -76,18 +71,10 @@ impl Outputs {
             }
             self.list.remember_raw_pointers();
         }
-        let kernel = match &mut self.kernel {
-            Some(kernel) => kernel,
-            None if capturing => return Err(Error::CaptureNeedsWarmup { what: "the kernel of calls out of place" }),
-            none => none.insert(IntoKernel::load(stream.context())?),
-        };
         if plan.num_tiles() > 0 {
             self.table.set(&self.rows, capturing)?;
         }
-        if capturing {
-            kernel.leave_to_graphs();
-        }
-        Ok(Ready { kernel: kernel.scale_into, table: self.table.address() })
+        Ok(Ready { table: self.table.address() })
     }
 
     fn check(&mut self, gradients: &[TensorRef], plan: &Plan) -> Result<()> {

@@ -6,6 +6,7 @@
 use super::clipper::{clip_params, finish, Clipper};
 use super::device_table::DeviceTable;
 use super::driver::{is_capturing, CurrentContext, KeepsContext};
+use super::kernel::Kernel;
 use super::launch::Launcher;
 use super::reports::{Applied, Pending};
 use crate::abi::{TensorDesc, TensorTable, INLINE_TENSORS};
@@ -63,7 +64,7 @@ pub struct RunningNorm {
 impl Clipper {
     /// A norm that gradients are added to one after the other; see [`RunningNorm`].
     ///
-    /// Cost: 36 KiB of device memory. The kernels are this clipper's.
+    /// Cost: 36 KiB of device memory.
     ///
     /// # Errors
     /// [`Error::InvalidNormType`] for an order that is not positive; [`Error::WrongThread`], [`Error::OutOfMemory`],
@@ -194,12 +195,9 @@ impl RunningNorm {
 
     fn launch_partials(&mut self, added: Range<usize>, capturing: bool) -> Result<()> {
         let tiles = self.list.tiles(added.clone());
-        self.clipper.kernels.prepare(self.norm_type, capturing)?;
+        self.clipper.kernels.prepare(&[Kernel::norm_partials(self.norm_type)], capturing)?;
         self.clipper.workspace.grow(tiles.start, tiles.end, capturing)?;
         self.fill_table(added, capturing)?;
-        if capturing {
-            self.clipper.kernels.leave_to_graphs();
-        }
         let launcher = Launcher {
             kernels: &self.clipper.kernels,
             stream: &self.clipper.stream,
@@ -252,12 +250,14 @@ impl RunningNorm {
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
+        let stage_3 = (applied == Applied::InPlace).then_some(Kernel::Scale);
+        clipper.kernels.prepare(&[Kernel::clip_coef(clip.norm_type)], capturing)?;
+        clipper.kernels.prepare(stage_3.as_slice(), capturing)?;
         let plan = self.list.plan();
         if applied == Applied::InPlace {
             clipper.workspace.prepare(plan, capturing)?;
         }
         if capturing {
-            clipper.kernels.leave_to_graphs();
             clipper.workspace.grow(plan.num_tiles(), plan.num_tiles(), capturing)?;
             // it is there, and has to stay
         }
@@ -272,9 +272,9 @@ impl RunningNorm {
         };
         launcher
             .clip_coef(
+                clip.norm_type,
                 &clip_params(clip),
-                clipper.workspace.sums(),
-                clipper.workspace.all_scales(),
+                [clipper.workspace.sums(), clipper.workspace.all_scales()],
                 plan.numel(),
                 report,
             )

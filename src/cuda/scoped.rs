@@ -3,7 +3,8 @@
 use super::clipper::{clip_params, Clipper};
 use super::device_table::DeviceTable;
 use super::driver::{driver_error, is_capturing, CurrentContext, HomeThread, KeepsContext};
-use super::kernels::{ScopedClampKernels, ScopedKernels};
+use super::kernel::Kernel;
+use super::kernels::Kernels;
 use super::launch::{arg, in_place_blocks, launch};
 use super::memory::{DeviceBuffer, GrowBuffer};
 use super::reports::Applied;
@@ -28,8 +29,8 @@ use std::sync::Arc;
 impl Clipper {
     /// The norm of each group of a [`Scope`]; see [`cpu::norms_by`](crate::cpu::norms_by).
     ///
-    /// Cost: reads each gradient once; two launches, no wait. The first such call of a clipper loads its kernels; a new
-    /// list, or a new scope, copies two tables to the device.
+    /// Cost: reads each gradient once; two launches, no wait. A new list, or a new scope, copies two tables to the
+    /// device.
     ///
     /// # Errors
     /// As [`clip_grad_norm_by`](Self::clip_grad_norm_by).
@@ -114,8 +115,8 @@ impl Clipper {
     /// Clips by value with a report for each group of a [`Scope`]: what part of each tensor, named group or row was outside
     /// the bounds; see [`cpu::clip_grad_value_by`](crate::cpu::clip_grad_value_by).
     ///
-    /// Cost: that of [`clip_grad_value`](Self::clip_grad_value), reads and writes and two launches, no wait. The first such
-    /// call of a clipper loads its kernels; a new list, or a new scope, copies two tables to the device.
+    /// Cost: that of [`clip_grad_value`](Self::clip_grad_value), reads and writes and two launches, no wait. A new
+    /// list, or a new scope, copies two tables to the device.
     ///
     /// # Errors
     /// As [`clip_grad_value`](Self::clip_grad_value), and those of a scope that
@@ -149,9 +150,11 @@ impl Clipper {
 
     fn scoped_value_stages(&mut self, scope: &Scope<'_>, clip: &ClipValue) -> Result<PendingScoped<ValueReport>> {
         let capturing = self.prepare_plan()?;
+        self.kernels.prepare(&[Kernel::ScopedClamp, Kernel::ScopedClampCounts], capturing)?;
         let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
         let results = scoped.prepare_clamp(&self.stream, &self.plan, scope, capturing)?;
-        scoped.clamp(&self.stream, results, &value_bounds::in_each_dtype(clip), self.multiprocessors, capturing)
+        let device = Device { kernels: &self.kernels, stream: &self.stream, multiprocessors: self.multiprocessors };
+        scoped.clamp(&device, results, &value_bounds::in_each_dtype(clip), capturing)
     }
 
     fn scoped_stages(&mut self, scope: &Scope<'_>, clip: &ClipNorm, applied: Applied) -> Result<PendingScoped> {
@@ -159,9 +162,15 @@ impl Clipper {
         if capturing && clip.nonfinite == NonFinite::Error {
             return Err(Error::CaptureNeedsWarmup { what: "the wait of NonFinite::Error" });
         }
+        let measure =
+            [Kernel::scoped_partials, Kernel::scoped_coefs].map(|stage| stage(clip.norm_type, scope.telemetry));
+        let scale = (applied == Applied::InPlace).then_some(Kernel::ScopedScale);
+        self.kernels.prepare(&measure, capturing)?;
+        self.kernels.prepare(scale.as_slice(), capturing)?;
         let scoped = self.scoped.get_or_insert_with(|| KeepsContext::new(ScopedCalls::new(&self.stream)));
         let results = scoped.prepare(&self.stream, &self.plan, scope, clip.norm_type, capturing)?;
-        let pending = scoped.measure(&self.stream, results, clip, applied, capturing)?;
+        let device = Device { kernels: &self.kernels, stream: &self.stream, multiprocessors: self.multiprocessors };
+        let pending = scoped.measure(&device, results, clip, applied, capturing)?;
         if clip.nonfinite == NonFinite::Error {
             let report = pending.wait()?;
             if let Some(group) = report.groups.iter().find(|group| !group.is_finite()) {
@@ -169,18 +178,22 @@ impl Clipper {
             }
         }
         if applied == Applied::InPlace {
-            scoped.scale(&self.stream, &pending, self.multiprocessors)?;
+            scoped.scale(&device, &pending)?;
         }
         Ok(pending)
     }
 }
 
-/// What scoped calls keep: their kernels, tables and partials, and the results of the last one.
+/// Where the stages of scoped calls run. Their kernels have been prepared.
+struct Device<'a> {
+    kernels: &'a Kernels,
+    stream: &'a CudaStream,
+    multiprocessors: u32,
+}
+
+/// What scoped calls keep: their tables and partials, and the results of the last one.
 #[derive(Debug)]
 pub(super) struct ScopedCalls {
-    /// Loaded when they are first needed, as are the next.
-    kernels: Option<ScopedKernels>,
-    clamp_kernels: Option<ScopedClampKernels>,
     tensors: DeviceTable<ScopedTensor>,
     groups: DeviceTable<ScopedGroup>,
     sums: GrowBuffer,
@@ -228,11 +241,8 @@ impl Drop for Results {
 }
 
 impl ScopedCalls {
-    /// The context of `stream` must be current.
     fn new(stream: &Arc<CudaStream>) -> Self {
         Self {
-            kernels: None,
-            clamp_kernels: None,
             tensors: DeviceTable::new(stream, "the table of tensors"),
             groups: DeviceTable::new(stream, "the table of groups"),
             sums: GrowBuffer::default(),
@@ -266,15 +276,6 @@ impl ScopedCalls {
         norm_type: NormType,
         capturing: bool,
     ) -> Result<SharedResults> {
-        let kernels = match &mut self.kernels {
-            Some(kernels) => kernels,
-            None if capturing => return Err(NOT_LOADED),
-            none => none.insert(ScopedKernels::load(stream.context())?),
-        };
-        kernels.prepare(norm_type, capturing)?;
-        if capturing {
-            kernels.leave_to_graphs();
-        }
         self.prepare_tables(list, scope, capturing)?;
         let plan = self.plan.clone();
         let tiles = plan.num_tiles as usize;
@@ -296,14 +297,6 @@ impl ScopedCalls {
         scope: &Scope<'_>,
         capturing: bool,
     ) -> Result<SharedResults> {
-        let kernels = match &mut self.clamp_kernels {
-            Some(kernels) => kernels,
-            None if capturing => return Err(NOT_LOADED),
-            none => none.insert(ScopedClampKernels::load(stream.context())?),
-        };
-        if capturing {
-            kernels.leave_to_graphs();
-        }
         self.prepare_tables(list, scope, capturing)?;
         self.sums.reserve(stream, "counts", self.plan.num_tiles as usize * size_of::<u64>(), capturing)?;
         self.room_for_results(stream, Layout::of(&self.plan).bytes(), capturing)
@@ -343,13 +336,12 @@ impl ScopedCalls {
     /// Stages 1 and 2.
     fn measure(
         &mut self,
-        stream: &Arc<CudaStream>,
+        device: &Device<'_>,
         results: SharedResults,
         clip: &ClipNorm,
         applied: Applied,
         captured: bool,
     ) -> Result<PendingScoped> {
-        let kernels = self.kernels.as_ref().ok_or(NOT_LOADED)?;
         let plan = self.plan.clone();
         let table = self.table(&plan);
         let layout = Layout::of(&plan);
@@ -359,15 +351,18 @@ impl ScopedCalls {
         let p = clip.norm_type.order();
         let first = [arg(&table), arg(&plan.num_tiles), arg(&sums), arg(&scales)];
         let any_order = usize::from(matches!(clip.norm_type, NormType::P(_)));
-        let (kernel, last, count) = if plan.telemetry {
-            (kernels.stats(clip.norm_type)?, [arg(&tile_stats), arg(&p)], 5 + any_order)
+        let (last, count) = if plan.telemetry {
+            ([arg(&tile_stats), arg(&p)], 5 + any_order)
         } else {
-            (kernels.partials(clip.norm_type)?, [arg(&p), arg(&p)], 4 + any_order)
+            ([arg(&p), arg(&p)], 4 + any_order)
         };
+        let kernel = device.kernels.get(Kernel::scoped_partials(clip.norm_type, plan.telemetry))?;
         let mut args = [first[0], first[1], first[2], first[3], last[0], last[1]];
         // SAFETY: the arguments mirror scoped_partials_* and scoped_stats_* in the kernels; the plan keeps every tile inside
         // its tensor, there is a place for each tile, and the caller of the clipper keeps the tensors alive.
-        unsafe { launch(stream, "scoped_partials", kernel, (plan.num_tiles, TILE_THREADS), &mut args[..count]) }?;
+        unsafe {
+            launch(device.stream, "scoped_partials", kernel, (plan.num_tiles, TILE_THREADS), &mut args[..count])
+        }?;
 
         let num_stats = if plan.telemetry { plan.tensors.len() as u32 } else { 0 };
         let jobs = ScopedJobs {
@@ -384,30 +379,31 @@ impl ScopedCalls {
         self.calls += 1;
         let blocks = (jobs.num_groups + num_stats).div_ceil(WARP_THREADS as u32).max(1); // one writes the header
         let mut args = [arg(&table), arg(&jobs), arg(&params), arg(&self.calls), arg(&base)];
-        let kernel = kernels.coefs(clip.norm_type)?;
-        // SAFETY: the arguments mirror scoped_coefs and scoped_coefs_p in the kernels; the partials are written by the launch
+        let kernel = device.kernels.get(Kernel::scoped_coefs(clip.norm_type, plan.telemetry))?;
+        // SAFETY: the arguments mirror scoped_coefs and its variants in the kernels; the partials are written by the launch
         // before, and the results have room for each group and tensor.
-        unsafe { launch(stream, "scoped_coefs", kernel, (blocks, FOLD_THREADS), &mut args) }?;
+        unsafe { launch(device.stream, "scoped_coefs", kernel, (blocks, FOLD_THREADS), &mut args) }?;
         Ok(PendingScoped { results, plan, call: self.calls, captured, applied, report: PhantomData })
     }
 
     /// Both stages of value clipping.
     fn clamp(
         &mut self,
-        stream: &CudaStream,
+        device: &Device<'_>,
         results: SharedResults,
         bounds: &ClampBounds,
-        multiprocessors: u32,
         captured: bool,
     ) -> Result<PendingScoped<ValueReport>> {
-        let kernels = self.clamp_kernels.as_ref().ok_or(NOT_LOADED)?;
+        let [clamp, clamp_counts] =
+            [Kernel::ScopedClamp, Kernel::ScopedClampCounts].map(|kernel| device.kernels.get(kernel));
+        let (clamp, clamp_counts) = (clamp?, clamp_counts?);
         let plan = self.plan.clone();
         let (table, counts, base) = (self.table(&plan), self.sums.address(), results.memory.address());
-        let blocks = in_place_blocks(plan.num_tiles, multiprocessors);
+        let blocks = in_place_blocks(plan.num_tiles, device.multiprocessors);
         let mut args = [arg(&table), arg(&plan.num_tiles), arg(bounds), arg(&counts)];
         // SAFETY: the arguments mirror scoped_clamp in kernels/scoped_clamp.cu; the tensors are borrowed mutably by the caller,
         // and do not overlap; there is a place for the counts of each tile.
-        unsafe { launch(stream, "scoped_clamp", kernels.clamp, (blocks, TILE_THREADS), &mut args) }?;
+        unsafe { launch(device.stream, "scoped_clamp", clamp, (blocks, TILE_THREADS), &mut args) }?;
         self.calls += 1;
         let (groups, num_groups) = (self.groups.address(), plan.groups.len() as u32);
         let reports = base + Layout::of(&plan).reports() as u64;
@@ -415,30 +411,28 @@ impl ScopedCalls {
         let mut args = [arg(&groups), arg(&num_groups), arg(&counts), arg(&reports), arg(&self.calls), arg(&base)];
         // SAFETY: the arguments mirror scoped_clamp_counts there; the counts are written by the launch before, and the
         // results have room for each group.
-        unsafe { launch(stream, "scoped_clamp_counts", kernels.counts, (blocks, FOLD_THREADS), &mut args) }?;
+        unsafe { launch(device.stream, "scoped_clamp_counts", clamp_counts, (blocks, FOLD_THREADS), &mut args) }?;
         let applied = Applied::InPlace;
         Ok(PendingScoped { results, plan, call: self.calls, captured, applied, report: PhantomData })
     }
 
     /// Stage 3.
-    fn scale(&self, stream: &CudaStream, measured: &PendingScoped, multiprocessors: u32) -> Result<()> {
-        let kernel = self.kernels.as_ref().ok_or(NOT_LOADED)?.scale;
+    fn scale(&self, device: &Device<'_>, measured: &PendingScoped) -> Result<()> {
+        let kernel = device.kernels.get(Kernel::ScopedScale)?;
         let plan = &measured.plan;
         let table = self.table(plan);
         let reports = measured.results.memory.address() + Layout::of(plan).reports() as u64;
         let mut args = [arg(&table), arg(&plan.num_tiles), arg(&reports)];
-        let blocks = in_place_blocks(plan.num_tiles, multiprocessors);
+        let blocks = in_place_blocks(plan.num_tiles, device.multiprocessors);
         // SAFETY: the arguments mirror scoped_scale in kernels/scoped.cu; the tensors are borrowed mutably by the caller, and
         // do not overlap; the launch before wrote the reports.
-        unsafe { launch(stream, "scoped_scale", kernel, (blocks, TILE_THREADS), &mut args) }
+        unsafe { launch(device.stream, "scoped_scale", kernel, (blocks, TILE_THREADS), &mut args) }
     }
 
     fn table(&self, plan: &ScopedPlan) -> ScopedTable {
         ScopedTable { tensors: self.tensors.address(), num_tensors: plan.tensors.len() as u32, reserved: 0 }
     }
 }
-
-const NOT_LOADED: Error = Error::CaptureNeedsWarmup { what: "the kernels of scoped calls" };
 
 /// Where the results of a call lie, from the start of their buffer: the header, a report for each group, what was seen of
 /// each tensor.

@@ -6,19 +6,17 @@
 use super::clipper::{clip_params, finish, Clipper};
 use super::device_table::DeviceTable;
 use super::driver::{is_capturing, CurrentContext};
-use super::kernels::ShardKernels;
-use super::launch::{arg, launch};
+use super::kernel::Kernel;
+use super::launch::{arg, launch, Launcher};
 use super::memory::GrowBuffer;
 use super::reports::{Applied, Pending};
-use crate::abi::{ClipParams, FOLD_THREADS, MEASURED, REFUSED, TILE_THREADS};
+use crate::abi::{ClipParams, MEASURED, REFUSED, TILE_THREADS};
 use crate::adapters::cudarc::{DeviceGrad, DeviceGradMut};
 use crate::error::{Error, Result};
 use crate::options::{ClipNorm, NormType};
 use crate::report::NormReport;
 use crate::shards::{check_world_size, Copies, NormPartial};
-use cudarc::driver::sys::CUfunction;
 use cudarc::driver::CudaStream;
-use std::ffi::c_void;
 use std::sync::Arc;
 
 /// What carries partials between ranks where they lie on GPUs: NCCL (with the feature `nccl`, cudarc's `Comm` is one),
@@ -186,7 +184,7 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         applied: Applied,
     ) -> Result<Pending<NormReport>> {
         let world_size = check_world_size(ranks.world_size())?;
-        let measured = gathered.and_then(|()| self.measure_rank(copies, clip, world_size));
+        let measured = gathered.and_then(|()| self.measure_rank(copies, clip, world_size, applied));
         let pending = match measured {
             Ok(pending) => pending.applied(applied),
             Err(error) => {
@@ -199,20 +197,33 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         self.exchange(ranks)?;
         let _current = CurrentContext::enter(self.stream.context())?; // whatever the engine has left
         let shards = self.shards.as_ref().ok_or(NOT_LOADED)?;
-        shards.clip_coef(&self.stream, clip, world_size, report)?;
+        let launcher = self.launcher();
+        shards.clip_coef(&launcher, clip, world_size, report)?;
         if applied == Applied::InPlace {
-            self.launcher().scale(report)?;
+            launcher.scale(report)?;
         }
         Ok(pending)
     }
 
-    /// Stage 1, and all partials to that of this rank.
-    fn measure_rank(&mut self, copies: Copies<'_>, clip: &ClipNorm, world_size: u32) -> Result<Pending<NormReport>> {
+    /// Stage 1, and all partials to that of this rank. Prepares the later stages, too: once the ranks have exchanged
+    /// their partials, none of them should fail.
+    fn measure_rank(
+        &mut self,
+        copies: Copies<'_>,
+        clip: &ClipNorm,
+        world_size: u32,
+        applied: Applied,
+    ) -> Result<Pending<NormReport>> {
         let capturing = self.prepare_norm(clip)?;
         copies.check(self.list.tensors().len())?;
-        self.kernels.prepare(clip.norm_type, capturing)?;
-        let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         let copies = copies.other_than_one();
+        let stages = [Kernel::norm_partials, Kernel::fold_partials, Kernel::clip_coef_of_ranks];
+        let weigh = copies.map(|_| Kernel::WeighPartials);
+        let scale = (applied == Applied::InPlace).then_some(Kernel::Scale);
+        for kernels in [&stages.map(|stage| stage(clip.norm_type))[..], weigh.as_slice(), scale.as_slice()] {
+            self.kernels.prepare(kernels, capturing)?;
+        }
+        let scales = self.workspace.scales(&self.plan, clip.norm_type, capturing)?;
         self.prepare_shards(copies, world_size, capturing)?;
         let slot = self.reports.take(capturing)?;
         let (launcher, sums) = (self.launcher(), self.workspace.sums());
@@ -222,7 +233,7 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
             .and_then(|()| if copies.is_some() { shards.weigh(&launcher, clip, sums) } else { Ok(()) })
             .and_then(|()| {
                 let report = self.reports.address(slot);
-                shards.fold(&self.stream, clip.norm_type, [sums, scales], launcher.num_tiles, MEASURED, report)
+                shards.fold(&launcher, clip.norm_type, [sums, scales], launcher.num_tiles, MEASURED, report)
             })
             .inspect_err(|_| self.reports.give_back(slot))?;
         Ok(Pending::new(self.reports.clone(), slot, self.plan.clone()).over_ranks())
@@ -232,7 +243,7 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         let shards = match &mut self.shards {
             Some(shards) => shards,
             None if capturing => return Err(NOT_LOADED),
-            none => none.insert(super::driver::KeepsContext::new(Shards::new(&self.stream)?)),
+            none => none.insert(super::driver::KeepsContext::new(Shards::new(&self.stream))),
         };
         shards.prepare(&self.stream, copies, world_size, capturing)
     }
@@ -242,9 +253,10 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
         if is_capturing(&self.stream)? {
             return Ok(()); // nothing can be told now, and the collective would be captured
         }
+        self.kernels.prepare(&[Kernel::fold_partials(NormType::L2)], false)?;
         self.prepare_shards(None, world_size, false)?;
         let shards = self.shards.as_ref().ok_or(NOT_LOADED)?;
-        shards.fold(&self.stream, NormType::L2, [0, 0], 0, REFUSED, 0)?;
+        shards.fold(&self.launcher(), NormType::L2, [0, 0], 0, REFUSED, 0)?;
         self.exchange(ranks)
     }
 
@@ -259,24 +271,17 @@ fn train(rank: usize, world_size: usize, id: Id) -> gradclip::Result<()> {
 
 const NOT_LOADED: Error = Error::CaptureNeedsWarmup { what: "what calls over several ranks need" };
 
-/// What calls over several ranks keep: their kernels, this rank's partial, those of all, and the copies.
+/// What calls over several ranks keep: this rank's partial, those of all, and the copies.
 #[derive(Debug)]
 pub(super) struct Shards {
-    kernels: ShardKernels,
     mine: GrowBuffer,
     all: GrowBuffer,
     copies: DeviceTable<u32>,
 }
 
 impl Shards {
-    /// The context of `stream` must be current.
-    fn new(stream: &Arc<CudaStream>) -> Result<Self> {
-        Ok(Self {
-            kernels: ShardKernels::load(stream.context())?,
-            mine: GrowBuffer::default(),
-            all: GrowBuffer::default(),
-            copies: DeviceTable::new(stream, "the copies"),
-        })
+    fn new(stream: &Arc<CudaStream>) -> Self {
+        Self { mine: GrowBuffer::default(), all: GrowBuffer::default(), copies: DeviceTable::new(stream, "the copies") }
     }
 
     fn prepare(
@@ -291,9 +296,6 @@ impl Shards {
         self.all.reserve(stream, what, world_size as usize * NormPartial::BYTES, capturing)?;
         if let Some(copies) = copies {
             self.copies.set(copies, capturing)?;
-        }
-        if capturing {
-            self.kernels.leave_to_graphs();
         }
         Ok(())
     }
@@ -314,27 +316,27 @@ impl Shards {
         self.copies.pinned_bytes()
     }
 
-    fn weigh(&self, launcher: &super::launch::Launcher<'_>, clip: &ClipNorm, sums: u64) -> Result<()> {
+    fn weigh(&self, launcher: &Launcher<'_>, clip: &ClipNorm, sums: u64) -> Result<()> {
+        let kernel = launcher.kernels.get(Kernel::WeighPartials)?;
         let (copies, norm_type) = (self.copies.address(), clip_params(clip).norm_type);
         let mut args = [arg(launcher.table), arg(&launcher.num_tiles), arg(&copies), arg(&norm_type), arg(&sums)];
         let blocks = launcher.num_tiles.div_ceil(TILE_THREADS as u32);
         // SAFETY: the arguments mirror weigh_partials in kernels/shards.cu; the table of copies has an entry for each
         // tensor, and the sums were written by the launch before.
-        unsafe {
-            launch(launcher.stream, "weigh_partials", self.kernels.weigh_partials, (blocks, TILE_THREADS), &mut args)
-        }
+        unsafe { launch(launcher.stream, "weigh_partials", kernel, (blocks, TILE_THREADS), &mut args) }
     }
 
     /// `[sums, scales]` to the partial of this rank, and the first bad tile to the report unless that is null.
     fn fold(
         &self,
-        stream: &CudaStream,
+        launcher: &Launcher<'_>,
         norm_type: NormType,
         [sums, scales]: [u64; 2],
         num_tiles: u32,
         tag: u64,
         report: u64,
     ) -> Result<()> {
+        let kernel = launcher.kernels.get(Kernel::fold_partials(norm_type))?;
         let params = clip_params(&ClipNorm::measure_only(norm_type));
         let partial = self.mine();
         let mut args = [
@@ -349,22 +351,16 @@ impl Shards {
         ];
         // SAFETY: the arguments mirror fold_partials in kernels/shards.cu; the partials of the tiles were written by
         // the launches before on the same stream, the slot belongs to this call.
-        unsafe { one_block(stream, "fold_partials", self.kernels.fold_partials(norm_type), &mut args) }
+        unsafe { launcher.one_block("fold_partials", kernel, &mut args) }
     }
 
     /// The partials of all ranks to the report.
-    fn clip_coef(&self, stream: &CudaStream, clip: &ClipNorm, world_size: u32, report: u64) -> Result<()> {
+    fn clip_coef(&self, launcher: &Launcher<'_>, clip: &ClipNorm, world_size: u32, report: u64) -> Result<()> {
+        let kernel = launcher.kernels.get(Kernel::clip_coef_of_ranks(clip.norm_type))?;
         let (partials, params): (u64, ClipParams) = (self.all(), clip_params(clip));
         let mut args = [arg(&partials), arg(&world_size), arg(&params), arg(&report)];
         // SAFETY: the arguments mirror clip_coef_of_ranks in kernels/shards.cu; the engine has filled the partials in
         // the order of the stream, the slot belongs to this call.
-        unsafe { one_block(stream, "clip_coef_of_ranks", self.kernels.clip_coef(clip.norm_type), &mut args) }
+        unsafe { launcher.one_block("clip_coef_of_ranks", kernel, &mut args) }
     }
-}
-
-/// # Safety
-/// As [`launch`].
-unsafe fn one_block(stream: &CudaStream, op: &'static str, kernel: CUfunction, args: &mut [*mut c_void]) -> Result<()> {
-    // SAFETY: passed on to the caller.
-    unsafe { launch(stream, op, kernel, (1, FOLD_THREADS), args) }
 }

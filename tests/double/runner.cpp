@@ -124,7 +124,7 @@ enum Operation : u32 {
   kClipNormInto,  // norm_partials, clip_coef, scale_into
   kClipWithNorm,  // clip_coef_of_norm, scale_any
   kClipValue,     // clamp, clamp_counts
-  kScopedNorm,    // scoped_partials or scoped_stats, scoped_coefs, scoped_scale
+  kScopedNorm,    // scoped_partials or scoped_stats, scoped_coefs or scoped_coefs_stats, scoped_scale
   kScopedValue,   // scoped_clamp, scoped_clamp_counts
   kSharded,       // norm_partials, weigh_partials, fold_partials, clip_coef_of_ranks, scale
 };
@@ -342,7 +342,9 @@ class Case {
     const ScopedJobs jobs = {group_table_.get(), num_groups,        num_stats_,     sums_.get(),
                              scales,             tile_stats_.get(), reports_.get(), tensor_stats_.get()};
     const u64 call = 7;
-    Arguments(any_order ? "scoped_coefs_p" : "scoped_coefs")
+    static const char* const kCoefs[2][2] = {{"scoped_coefs", "scoped_coefs_p"},
+                                             {"scoped_coefs_stats", "scoped_coefs_stats_p"}};
+    Arguments(kCoefs[with_stats()][any_order])
         .add(table).add(jobs).add(header_.clip).add(call).add(scoped_header_.get())
         .run((num_groups + num_stats_) / kWarpThreads + 1, order);
     if (scoped_header_[0].call != call) fail("the header does not name the call");

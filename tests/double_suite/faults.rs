@@ -214,13 +214,33 @@ fn what_is_missing_is_named() {
     assert!(matches!(cuda::context(0).unwrap_err(), Error::NoDevice { ordinal: 0, count: 0 }));
 
     let (_context, stream) = stream();
+    let mut grads = [stream.clone_htod(&[3.0f32, 4.0]).unwrap()];
+    let mut clipper = Clipper::new(&stream).unwrap();
     double.fail_named("cuModuleLoadData", 0, UNSUPPORTED_PTX_VERSION);
-    let error = Clipper::new(&stream).unwrap_err();
+    let result = clipper.clip_grad_norm(&mut grads, 1.0);
     if cuda::compiler() == "snapshot" {
+        let error = result.unwrap_err();
         assert!(matches!(&error, Error::DriverTooOld { reason } if reason.contains("PTX 8.0")), "{error}");
     }
     double.fail_named("cuModuleLoadData", 0, OUT_OF_MEMORY);
-    assert!(matches!(Clipper::new(&stream).unwrap_err(), Error::OutOfMemory { what: "kernels", .. }));
+    let error = clipper.clip_grad_value(&mut grads, 1.0).unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { what: "kernels", .. }), "{error}");
+}
+
+/// The clipper is refused, as nothing is compiled yet that the driver could refuse.
+#[test]
+fn old_drivers_are_refused() {
+    let Some(double) = double::lock() else { return };
+    let (_context, stream) = stream();
+    for (version, name) in [(11_080, "11.8"), (10_020, "10.2")] {
+        double.set_driver_version(version);
+        let error = Clipper::new(&stream).unwrap_err();
+        let Error::DriverTooOld { reason } = &error else { panic!("{error}") };
+        assert!(reason.contains(&format!("CUDA {name},")) && reason.contains("PTX 8.0"), "{reason}");
+    }
+    double.set_driver_version(12_000);
+    Clipper::new(&stream).unwrap();
+    assert_eq!(double.counters().module_loads, 0);
 }
 
 #[test]

@@ -67,7 +67,7 @@ fn captured_calls_out_of_place_keep_their_outputs() {
         clipper.total_norm(&list, NormType::L2).unwrap();
         stream.begin_capture(MODE).unwrap();
         let error = clipper.clip_grad_norm_into(&list, &mut outputs, norm / 2.0).unwrap_err();
-        assert_eq!(error, Error::CaptureNeedsWarmup { what: "the kernel of calls out of place" });
+        assert_eq!(error, Error::CaptureNeedsWarmup { what: "a kernel of this call" });
         stream.end_capture(FLAGS).unwrap();
         clipper.clip_grad_norm_into(&list, &mut others, norm).unwrap();
         stream.begin_capture(MODE).unwrap();
@@ -101,6 +101,7 @@ fn a_captured_step_follows_the_loss_scale() {
     let mut scale = stream.clone_htod(&[1.0f32]).unwrap();
     // SAFETY: `scale` outlives the graph, and is written in the order of the stream only.
     let clip = unsafe { ClipNorm::new(2.5).loss_scale_at(scale.device_ptr(&stream).0) };
+    clipper.clip_with_norm(&mut list, 1.0, f64::INFINITY).unwrap();
     let eager = clipper.total_norm(&list, NormType::L2).unwrap();
     stream.begin_capture(MODE).unwrap();
     let norm = clipper.total_norm(&list, NormType::L2).unwrap();
@@ -294,6 +295,7 @@ fn a_captured_report_that_no_replay_has_written() {
         let stream = stream();
         let mut clipper = Clipper::new(&stream).unwrap();
         let mut list = grads(&stream, 1);
+        clipper.clip_grad_value(&mut list, 100.0).unwrap();
         for _ in 0..calls_before {
             clipper.clip_grad_norm(&mut list, 100.0).unwrap();
         }
@@ -372,9 +374,6 @@ fn replaying_after_the_clipper_is_gone() {
         drop(clipper);
         let unloads = double.log().iter().filter(|name| *name == "cuModuleUnload").count();
         assert_eq!(unloads, 0, "the graph launches these kernels");
-        drop(Clipper::new(&stream).unwrap());
-        let unloads = double.log().iter().filter(|name| *name == "cuModuleUnload").count();
-        assert_eq!(unloads, 4);
         assert_eq!(double.live_bytes() - before, had);
         let norm = 5.0 * (count as f64).sqrt();
         for expected in [norm, 1.0] {
@@ -479,15 +478,16 @@ fn scoped_calls_that_were_not_made_before_are_refused_and_the_capture_goes_on() 
     };
     stream.begin_capture(MODE).unwrap();
     let captured = clipper.clip_grad_norm(&mut list, 3f64.sqrt()).unwrap();
-    refused(&mut clipper, &mut list, Scope::per_tensor(), "the kernels of scoped calls");
+    refused(&mut clipper, &mut list, Scope::per_tensor(), "a kernel of this call");
     stream.end_capture(FLAGS).unwrap().unwrap().launch().unwrap();
     assert!((captured.wait().unwrap().total_norm - 75f64.sqrt()).abs() < 1e-6);
 
+    let with_telemetry = Scope::per_tensor().telemetry();
     let first = clipper.clip_grad_norm_by(&mut list, &Scope::per_tensor(), f64::INFINITY).unwrap();
     let thresholds = [Some(1.0), None, None];
     stream.begin_capture(MODE).unwrap();
     let captured = clipper.clip_grad_norm_by(&mut list, &Scope::per_tensor(), 0.5).unwrap();
-    refused(&mut clipper, &mut list, Scope::per_tensor().telemetry(), "telemetry");
+    refused(&mut clipper, &mut list, with_telemetry, "a kernel of this call");
     refused(&mut clipper, &mut list, Scope::rows(&[2, 1, 1]), "the table of tensors");
     refused(&mut clipper, &mut list, Scope::per_tensor().max_norms(&thresholds), "the table of groups");
     let error = clipper.norms_by(&wide, &Scope::global(), NormType::L2).unwrap_err();

@@ -57,7 +57,8 @@ pub enum Operation {
     ClipWithNorm { total_norm: f64, max_norm: f64, loss_scale: f64, nonfinite: u32 },
     /// clamp, clamp_counts, with bounds that every dtype holds.
     ClipValue { lo: f32, hi: f32 },
-    /// scoped_partials or scoped_stats, scoped_coefs, scoped_scale: of each row, or all in one group.
+    /// scoped_partials and scoped_coefs, or scoped_stats and scoped_coefs_stats, then scoped_scale: of each row, or all in
+    /// one group.
     ScopedNorm { max_norm: f64, norm_type: NormType, nonfinite: u32, one_group: bool, stats: bool },
     /// scoped_clamp, scoped_clamp_counts: the same.
     ScopedValue { lo: f32, hi: f32, one_group: bool },

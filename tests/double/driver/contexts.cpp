@@ -2,6 +2,7 @@
 // a stack of current contexts.
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 
 #include "call.h"
 #include "memory.h"
@@ -35,6 +36,12 @@ std::vector<Context*>& context_stack() {
   return mine->stack;
 }
 
+// Ids are never used again in a process, also not after a reset of the double: a program may remember them.
+uint64_t next_context_id() {
+  static uint64_t last = 0;
+  return ++last;
+}
+
 bool is_device(CUdevice device) { return device >= 0 && device < driver().settings.devices; }
 
 CUresult create_context(CUcontext* out, unsigned flags, CUdevice device) {
@@ -43,6 +50,7 @@ CUresult create_context(CUcontext* out, unsigned flags, CUdevice device) {
   init_context(*context, device, false);
   context->flags = flags;
   context->retained = 1;
+  context->id = next_context_id();
   *out = add_handle<Context, CUcontext>(driver().contexts, context);
   context_stack().push_back(context.get());
   return CUDA_SUCCESS;
@@ -96,6 +104,12 @@ Context* context_from(CUcontext handle) {
     if (to_handle(&context) == handle) return &context;
   }
   return find_handle(driver().contexts, handle).get();
+}
+
+bool is_stale(uint64_t context_id, const Context& context) {
+  const bool stale = context_id != context.id;
+  if (stale) complain("a module or function of a context that was destroyed");
+  return stale;
 }
 
 }  // namespace driver
@@ -171,13 +185,17 @@ DRIVER_API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device
   if (call.refused) return call.refused;
   if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
   Context& primary = driver().primary[device];
-  if (primary.retained == 0) primary.broken = CUDA_SUCCESS;
+  if (primary.retained == 0) {
+    primary.broken = CUDA_SUCCESS;
+    primary.id = next_context_id();
+  }
   ++primary.retained;
   *context = to_handle(&primary);
   return CUDA_SUCCESS;
 }
 
-// Memory of a context that goes away stays counted as live: whoever forgot it should hear of it.
+// Memory and modules of a context that goes away stay counted as live: whoever forgot them should hear of it. Its modules
+// cannot be used any more.
 DRIVER_API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   Call call(__func__);
   if (call.refused) return call.refused;
@@ -185,6 +203,26 @@ DRIVER_API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   Context& primary = driver().primary[device];
   if (primary.retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
   if (--primary.retained == 0) drain_context(primary);
+  return CUDA_SUCCESS;
+}
+
+// Of what a real reset takes away, the modules go.
+DRIVER_API CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
+  Call call(__func__);
+  if (call.refused) return call.refused;
+  if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
+  Context& primary = driver().primary[device];
+  drain_context(primary);
+  primary.broken = CUDA_SUCCESS;
+  primary.id = next_context_id();
+  auto& functions = driver().functions;
+  for (auto it = functions.begin(); it != functions.end();) {
+    it = it->second->context == &primary ? functions.erase(it) : std::next(it);
+  }
+  auto& modules = driver().modules;
+  for (auto it = modules.begin(); it != modules.end();) {
+    it = it->second->context == &primary ? modules.erase(it) : std::next(it);
+  }
   return CUDA_SUCCESS;
 }
 
@@ -232,6 +270,16 @@ DRIVER_API CUresult cuCtxGetCurrent(CUcontext* context) {
   Call call(__func__);
   if (call.refused) return call.refused;
   *context = to_handle(current_context());
+  return CUDA_SUCCESS;
+}
+
+DRIVER_API CUresult cuCtxGetId(CUcontext handle, unsigned long long* id) {
+  Call call(__func__);
+  if (call.refused) return call.refused;
+  const Context* context = handle ? context_from(handle) : current_context();
+  if (!context) return CUDA_ERROR_INVALID_CONTEXT;
+  if (context->retained == 0) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
+  *id = context->id;
   return CUDA_SUCCESS;
 }
 

@@ -64,6 +64,7 @@ CUresult launch(CUfunction handle, const LaunchShape& shape, CUstream stream_han
     complain("launch of %p, which is no function of a loaded module", static_cast<void*>(handle));
     return CUDA_ERROR_INVALID_HANDLE;
   }
+  if (is_stale(function->context_id, *function->context)) return CUDA_ERROR_INVALID_HANDLE;
   std::shared_ptr<Stream> stream;
   if (const CUresult result = find_stream(stream_handle, stream)) return result;
   const host::HostKernel& kernel = *function->kernel;

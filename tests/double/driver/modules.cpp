@@ -117,6 +117,7 @@ CUresult load(CUmodule* out, const char* text, Context* context) {
   }
   auto module = std::make_shared<Module>();
   module->context = context;
+  module->context_id = context->id;
   for (const Entry& entry : entries_of(begin)) {
     const host::HostKernel* kernel = host::find_kernel(entry.name.c_str());
     if (kernel && !matches(entry, *kernel)) return CUDA_ERROR_INVALID_IMAGE;
@@ -172,7 +173,7 @@ DRIVER_API CUresult cuModuleUnload(CUmodule handle) {
   ContextCall call(__func__);
   if (call.refused) return call.refused;
   const auto module = find_handle(driver().modules, handle);
-  if (!module) return CUDA_ERROR_INVALID_HANDLE;
+  if (!module || is_stale(module->context_id, *module->context)) return CUDA_ERROR_INVALID_HANDLE;
   auto& functions = driver().functions;
   for (auto it = functions.begin(); it != functions.end();) {
     it = it->second->module == module.get() ? functions.erase(it) : std::next(it);
@@ -185,7 +186,7 @@ DRIVER_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const 
   ContextCall call(__func__);
   if (call.refused) return call.refused;
   const auto module = find_handle(driver().modules, handle);
-  if (!module) return CUDA_ERROR_INVALID_HANDLE;
+  if (!module || is_stale(module->context_id, *module->context)) return CUDA_ERROR_INVALID_HANDLE;
   bool declared = false;
   for (const std::string& entry : module->entries) declared |= entry == name;
   if (!declared) return CUDA_ERROR_NOT_FOUND;
@@ -196,6 +197,7 @@ DRIVER_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const 
   }
   auto function = std::make_shared<Function>();
   function->context = module->context;
+  function->context_id = module->context_id;
   function->module = module.get();
   function->kernel = kernel;
   *out = add_handle<Function, CUfunction>(driver().functions, function);

@@ -26,6 +26,7 @@ struct Context {
   int device = 0;
   bool primary = false;
   unsigned retained = 0;  // a context that nobody retains is destroyed
+  uint64_t id = 0;        // another one each time it is made, at whatever address
   unsigned flags = 0;
   CUresult broken = 0;  // sticky: what every call in it returns from now on
   std::shared_ptr<Stream> legacy;
@@ -88,6 +89,7 @@ struct Event {
 
 struct Module {
   Context* context = nullptr;
+  uint64_t context_id = 0;  // of the context it was loaded into, with which it goes
   std::vector<std::string> entries;
 };
 
@@ -95,6 +97,7 @@ struct Function {
   Context* context = nullptr;
   Module* module = nullptr;
   const host::HostKernel* kernel = nullptr;
+  uint64_t context_id = 0;
 };
 
 struct Settings {
@@ -166,6 +169,8 @@ CUresult refuse_legacy_during_capture(const Stream& stream, bool invalidate);
 CUresult join_capture(const std::shared_ptr<Stream>& stream, const EventRecord& record);
 
 // Contexts (contexts.cpp).
+// Whether a module or function of that context has outlived it; then says so.
+bool is_stale(uint64_t context_id, const Context& context);
 Context* current_context();
 Context* context_from(CUcontext handle);
 inline CUcontext to_handle(Context* context) { return reinterpret_cast<CUcontext>(context); }
