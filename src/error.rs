@@ -237,7 +237,7 @@ pub enum Error {
         /// Where it is.
         got: String,
     },
-    /// A raw pointer that the driver does not know as device memory of the right device and size.
+    /// A raw pointer that, by what the driver says, cannot be device memory of the right device and size.
     #[error("tensor {tensor}: {got}; expected {expected}")]
     BadPointer {
         /// Index in the list.

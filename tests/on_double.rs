@@ -49,6 +49,7 @@ mod double {
     pub mod lifetimes;
     #[cfg(feature = "nccl")]
     pub mod nccl;
+    pub mod pointers;
     pub mod raw;
     pub mod streams;
     pub mod threads;
