@@ -75,6 +75,8 @@
 #![cfg_attr(not(feature = "cuda"), doc = "[`cuda::release_thread_clippers`]: crate#features")]
 
 mod grads;
+#[cfg(feature = "cuda")]
+mod loading;
 mod on_cpu;
 #[cfg(feature = "cuda")]
 mod on_cuda;
@@ -87,6 +89,8 @@ use crate::scope::{Kind, Scope};
 use crate::total_norm::TotalNorm;
 use ::tch::{TchError, Tensor};
 use grads::{GradList, Home, Order};
+#[cfg(feature = "cuda")]
+pub use loading::load_cuda;
 use std::borrow::Borrow;
 
 /// As the one variant of tch's that carries another error: its text is that error's, and `into_inner` of the
