@@ -10,7 +10,7 @@ pub(super) const LIBTORCH_CUDA: &str = "libtorch_cuda.so";
 pub(super) const LIBTORCH_CUDA: &str = "torch_cuda.dll";
 
 /// Loads `libtorch_cuda.so`, so that libtorch has CUDA although the linker has dropped that library from the program
-/// ([why, and what else helps](self#programs-that-libtorch-finds-no-cuda-in)). Call it first in `main`, before anything of
+/// ([why, and what else helps](self#if-libtorch-finds-no-cuda)). Call it first in `main`, before anything of
 /// tch.
 ///
 /// The library is looked for by its name, as the loader does: in `LD_LIBRARY_PATH` and the program's `RUNPATH`. It stays
