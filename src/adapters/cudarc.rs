@@ -166,11 +166,11 @@ impl RawGrad {
     /// | host memory, memory of the CPU, a CUDA array, another device | refused |
     /// | an allocation, or its block in a pool, that ends before the last element | refused |
     /// | a reserved range of virtual memory that ends before the last element | refused, unless memory of this device follows at once |
-    /// | no range, or one elsewhere; no device; that it does not answer | taken: that proves nothing |
+    /// | no range, or one elsewhere; no device; an error for the question | taken: this proves nothing |
     ///
     /// So memory from `cuMemAlloc`, `cuMemAllocAsync`, `cuMemAllocManaged` and `cuMemMap`, or imported from another
-    /// process, is taken. What is not noticed: a pointer to freed memory that the driver or a pool has given out again,
-    /// and a gradient that reaches beyond its part of an arena.
+    /// process, is taken. Two mistakes go unnoticed: a pointer to freed memory that the driver or a pool has given out
+    /// again, and a gradient that reaches beyond its part of an arena.
     ///
     /// Cost: one call of `cuPointerGetAttributes` for each pointer, on the host; the same list again costs nothing.
     /// [`not_looked_up`](Self::not_looked_up) leaves it out.

@@ -31,16 +31,16 @@ pub(super) fn check(index: usize, tensor: &TensorRef, ordinal: usize) -> Result<
 }
 
 /// What the driver says about one address. A gradient is refused for what is said, never for what is left out: the
-/// documentation does not promise each answer for each kind of memory (of a pool, mapped, of another process).
+/// documentation does not promise every answer for every kind of memory (from a pool, mapped, from another process).
 struct Memory {
     kind: u32,
     device: i32,
     is_managed: bool,
     is_mapped: bool,
-    /// Where the range around the address begins. Of mapped virtual memory it is the reserved range.
+    /// Where the range around the address begins. For mapped virtual memory, the range is the reserved one.
     start: u64,
     size: u64,
-    /// A context or a pool: the range is then that of a whole allocation, or larger.
+    /// It belongs to a context or a pool, whose allocations never span two ranges.
     has_owner: bool,
 }
 
@@ -95,7 +95,7 @@ impl Memory {
         }))
     }
 
-    /// What is here that no gradient on cuda:`ordinal` can be in.
+    /// Why no gradient on cuda:`ordinal` can be here, if the answers prove it.
     fn excludes(&self, ordinal: usize) -> Option<String> {
         const HOST: u32 = sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32;
         const ARRAY: u32 = sys::CUmemorytype::CU_MEMORYTYPE_ARRAY as u32;
