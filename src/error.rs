@@ -181,6 +181,22 @@ pub enum Error {
         /// What was tried, and what the loader said.
         reason: String,
     },
+    /// libtorch's CUDA library is not found, or cannot be loaded: `tch::load_cuda`.
+    #[error(
+        "libtorch has no CUDA here: its CUDA library could not be loaded ({reason}). Put the folder of a libtorch built \
+         for CUDA on the loader's path, or use CPU tensors"
+    )]
+    LibtorchCudaMissing {
+        /// What the loader said.
+        reason: String,
+    },
+    /// libtorch's CUDA library is in the process, but libtorch had decided before that there is none: `tch::load_cuda`.
+    #[error(
+        "libtorch has decided that there is no CUDA: it asks once, at the first backward, manual_seed or \
+         Cuda::is_available, and its CUDA library was loaded later. Call gradclip::tch::load_cuda first in main, or link \
+         the program with -Wl,--no-as-needed and -ltorch_cuda"
+    )]
+    LibtorchCudaTooLate,
     /// A group that is not below the number of thresholds, or, where there are none, of tensors.
     #[error("tensor {tensor} is in group {group}; groups are below {groups}: one for each of max_norms, else for each tensor")]
     NoSuchGroup {
@@ -237,7 +253,7 @@ pub enum Error {
         /// Where it is.
         got: String,
     },
-    /// A raw pointer that the driver does not know as device memory of the right device and size.
+    /// A raw pointer that, by what the driver says, cannot be device memory of the right device and size.
     #[error("tensor {tensor}: {got}; expected {expected}")]
     BadPointer {
         /// Index in the list.

@@ -148,6 +148,44 @@ fn a_host_pointer_has_no_attributes() {
 }
 
 #[test]
+fn a_driver_says_of_a_pointer_what_a_test_has_it_say() {
+    use CUpointer_attribute::*;
+    let Some(double) = support::double::lock() else { return };
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.default_stream();
+    let slice = stream.clone_htod(&[1.0f32; 4]).unwrap();
+    let address = slice.device_ptr(&stream).0;
+    let size = |address| {
+        let mut size = 7u64;
+        let data = (&raw mut size).cast();
+        // SAFETY: room for the attribute.
+        let code = unsafe { sys::cuPointerGetAttribute(data, CU_POINTER_ATTRIBUTE_RANGE_SIZE, address) };
+        (code, size)
+    };
+    let device_and_size = |address| {
+        let mut attributes = [CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, CU_POINTER_ATTRIBUTE_RANGE_SIZE];
+        let (mut device, mut size) = (7i32, 7u64);
+        let mut data = [(&raw mut device).cast(), (&raw mut size).cast()];
+        // SAFETY: room for two attributes.
+        unsafe { sys::cuPointerGetAttributes(2, attributes.as_mut_ptr(), data.as_mut_ptr(), address) }
+            .result()
+            .unwrap();
+        (device, size)
+    };
+    assert_eq!((size(address), device_and_size(address)), ((CUresult::CUDA_SUCCESS, 16), (0, 16)));
+    assert_eq!(device_and_size(0x10), (-2, 0), "no pointer of CUDA's: the defaults");
+    let [device, range] = [CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, CU_POINTER_ATTRIBUTE_RANGE_SIZE].map(|a| a as i32);
+    double.answer(address, range, Ok(1 << 40));
+    double.answer(address, device, Ok(1));
+    assert_eq!((size(address), device_and_size(address)), ((CUresult::CUDA_SUCCESS, 1 << 40), (1, 1 << 40)));
+    assert_eq!(device_and_size(address + 4), (0, 16), "of another address, the truth");
+    double.answer(address, range, Err(CUresult::CUDA_ERROR_NOT_SUPPORTED as i32));
+    double.answer(address, device, Err(CUresult::CUDA_ERROR_INVALID_VALUE as i32));
+    assert_eq!(size(address), (CUresult::CUDA_ERROR_NOT_SUPPORTED, 7));
+    assert_eq!(device_and_size(address), (-2, 0));
+}
+
+#[test]
 fn a_module_has_to_be_ptx_that_the_driver_and_the_device_take() {
     let Some(double) = support::double::lock() else { return };
     let context = CudaContext::new(0).unwrap();

@@ -62,6 +62,7 @@ mod double {
     pub mod loading;
     #[cfg(feature = "nccl")]
     pub mod nccl;
+    pub mod pointers;
     pub mod predictions;
     pub mod raw;
     pub mod streams;

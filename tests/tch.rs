@@ -2,11 +2,17 @@
 #![cfg(feature = "tch")]
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+#[path = "tch_suite/loading.rs"]
+mod loading;
 mod support {
     pub mod format;
     pub mod lists;
     pub mod tensor;
     pub mod tolerance;
+    #[cfg(all(feature = "cuda", target_os = "linux"))]
+    #[allow(dead_code)] // of what it can build, one library
+    pub mod toolchain;
 }
 
 use gradclip::{
@@ -774,7 +780,6 @@ fn value_clips_count_for_each_group() {
 #[cfg(all(feature = "cuda", unix))]
 mod gpu {
     use super::*;
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     use std::io::Write;
     use std::sync::OnceLock;
     use tch::no_grad;
@@ -783,13 +788,8 @@ mod gpu {
     fn device() -> Option<Device> {
         static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
         let found = FOUND.get_or_init(|| {
-            // The linker drops libtorch_cuda.so, of which no symbol is named here. Opened before the first use of CUDA,
-            // it makes itself known to libtorch.
-            // SAFETY: it is the library that this program would be linked to.
-            match unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) } {
-                Ok(library) => std::mem::forget(library),
-                Err(error) => return Err(format!("{error:?}")),
-            }
+            // Loaded before the first test, where it is (tests/tch_suite/loading.rs).
+            gradclip::tch::load_cuda().map_err(|error| error.to_string())?;
             if tch::Cuda::is_available() {
                 Ok(())
             } else {

@@ -1,10 +1,9 @@
 //! Gradients in cudarc's slices and views, and behind raw device pointers.
 
-use crate::cuda::driver_error;
+use super::pointers;
 use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
 use crate::plan::TensorRef;
-use cudarc::driver::sys::{self, CUpointer_attribute, CUresult};
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, DriverError,
 };
@@ -157,9 +156,23 @@ pub struct RawGrad {
 impl RawGrad {
     /// `numel` contiguous elements of `dtype` from `address` on.
     ///
-    /// When a list is first seen, the driver is asked about each raw pointer in it: [`Error::BadPointer`] for host
-    /// memory, freed memory (where the driver knows), another device, or fewer bytes than `numel` needs. That costs four
-    /// calls of `cuPointerGetAttribute` for each pointer, on the host; the same list again costs nothing.
+    /// When a list is first seen, the driver is asked about each raw pointer in it. A pointer is refused with
+    /// [`Error::BadPointer`] if the answer proves it wrong:
+    ///
+    /// | the driver says | then |
+    /// |---|---|
+    /// | nothing: no type of memory, nothing mapped there, no context, no pool | refused: host or freed memory |
+    /// | managed memory | taken, on whichever device it is now |
+    /// | host memory, memory of the CPU, a CUDA array, another device | refused |
+    /// | an allocation, or its block in a pool, that ends before the last element | refused |
+    /// | a reserved range of virtual memory that ends before the last element | refused, unless memory of this device follows at once |
+    /// | no range, or one elsewhere; no device; an error for the question | taken: this proves nothing |
+    ///
+    /// So memory from `cuMemAlloc`, `cuMemAllocAsync`, `cuMemAllocManaged` and `cuMemMap`, or imported from another
+    /// process, is taken. Two mistakes go unnoticed: a pointer to freed memory that the driver or a pool has given out
+    /// again, and a gradient that reaches beyond its part of an arena.
+    ///
+    /// Cost: one call of `cuPointerGetAttributes` for each pointer, on the host; the same list again costs nothing.
     /// [`not_looked_up`](Self::not_looked_up) leaves it out.
     ///
     /// # Safety
@@ -273,49 +286,8 @@ impl DeviceList {
     pub(crate) fn check_raw_pointers(&mut self, stream: &CudaStream) -> Result<()> {
         self.known.clear();
         for &index in &self.raw {
-            check_raw_pointer(index, &self.tensors[index], stream.context().ordinal())?;
+            pointers::check(index, &self.tensors[index], stream.context().ordinal())?;
         }
         Ok(())
     }
-}
-
-fn check_raw_pointer(index: usize, tensor: &TensorRef, ordinal: usize) -> Result<()> {
-    let bytes = tensor.numel.saturating_mul(tensor.dtype.size() as u64);
-    let bad = |got: String| Error::BadPointer {
-        tensor: index,
-        expected: format!("{bytes} bytes of device memory on cuda:{ordinal}"),
-        got,
-    };
-    let memory: u32 = match attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
-        Err(DriverError(CUresult::CUDA_ERROR_INVALID_VALUE)) => {
-            return Err(bad(format!("{:#x} is host or freed memory", tensor.address)));
-        }
-        other => other.map_err(driver_error("cuPointerGetAttribute"))?,
-    };
-    if memory == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32 {
-        return Err(bad(format!("{:#x} is host memory", tensor.address)));
-    }
-    let device: i32 = attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
-        .map_err(driver_error("cuPointerGetAttribute"))?;
-    if device != ordinal as i32 {
-        return Err(bad(format!("{:#x} is on cuda:{device}", tensor.address)));
-    }
-    let start: u64 = attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR)
-        .map_err(driver_error("cuPointerGetAttribute"))?;
-    let size: u64 = attribute(tensor.address, CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE)
-        .map_err(driver_error("cuPointerGetAttribute"))?;
-    let available = start.saturating_add(size).saturating_sub(tensor.address);
-    if available < bytes {
-        return Err(bad(format!("{:#x} is followed by {available} bytes of its allocation", tensor.address)));
-    }
-    Ok(())
-}
-
-/// `T` must be the type that the driver gives for `which`.
-fn attribute<T: Default>(address: u64, which: CUpointer_attribute) -> std::result::Result<T, DriverError> {
-    let mut value = T::default();
-    // SAFETY: the driver writes a value of the attribute's type (u32, i32 or u64 for the four used above) to the first
-    // argument; it looks the address up and does not follow it.
-    unsafe { sys::cuPointerGetAttribute(std::ptr::from_mut(&mut value).cast(), which, address) }.result()?;
-    Ok(value)
 }

@@ -6,6 +6,8 @@ pub mod candle;
 pub(crate) mod cudarc;
 #[cfg(any(feature = "candle", feature = "tch"))]
 mod deferred;
+#[cfg(feature = "cuda")]
+mod pointers;
 #[cfg(feature = "tch")]
 pub mod tch;
 #[cfg(any(feature = "candle", feature = "tch"))]

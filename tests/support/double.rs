@@ -259,6 +259,15 @@ impl Double {
         unsafe { function(launch_index, code) }
     }
 
+    /// What the driver says of this address from now on: a value for the attribute (a number of
+    /// `CUpointer_attribute`), or a code instead, which in a question about several attributes leaves the default value.
+    pub fn answer(&self, address: u64, attribute: c_int, answer: Result<u64, c_int>) {
+        let function = self.function::<unsafe extern "C" fn(u64, c_int, c_int, u64)>("double_answer");
+        let (code, value) = answer.map_or_else(|code| (code, 0), |value| (0, value));
+        // SAFETY: see `function`.
+        unsafe { function(address, attribute, code, value) }
+    }
+
     /// Injected failures and crashes that have happened.
     pub fn failures_delivered(&self) -> i32 {
         self.call("double_failures_delivered")

@@ -44,7 +44,8 @@
 //!
 //! Everything is enqueued on libtorch's current stream of the gradients' device, and nothing waits: the report stays on
 //! the device until [`Deferred::wait`]. Which stream that is, `libtorch_cuda.so` says, which is in the process wherever
-//! a CUDA tensor is; if it does not, the call is an error. A clipper is kept for each thread and stream;
+//! a CUDA tensor is ([where no tensor gets to a GPU](#if-libtorch-finds-no-cuda)); if it does not, the call
+//! is an error. A clipper is kept for each thread and stream;
 //! [`cuda::release_thread_clippers`] frees them, until when a stream that libtorch did not make itself has to live. No
 //! GPU has run this yet.
 //!
@@ -59,22 +60,38 @@
 //! tch's own `Optimizer::clip_grad_norm` launches a norm and a product for each tensor and waits for the norm. It
 //! panics where there are no gradients, and returns nothing.
 //!
-//! # Linking CUDA
+//! # If libtorch finds no CUDA
 //!
-//! The linker drops `libtorch_cuda.so` from a program that names none of its symbols, and `tch::Cuda::is_available()`
-//! is then false on any machine. As in tch's own examples, the build script of the program has to keep it (that of a
-//! library, such as this one, cannot):
+//! The CUDA part of libtorch is a library of its own, `libtorch_cuda.so`, which makes itself known to libtorch when it is
+//! loaded. A Rust program uses none of its symbols, so the linker drops it (`--as-needed`): `readelf -d program` lists
+//! `libtorch_cpu.so` and `libc10.so`, and no `libtorch_cuda.so`. And libtorch asks only once whether there is CUDA: at the
+//! first `backward`, even of CPU tensors, at `tch::manual_seed`, or at `tch::Cuda::is_available`. If the library is not
+//! loaded by then, libtorch has no CUDA for the rest of the process, on any machine. `tch::Cuda::is_available()` is
+//! false, and a tensor that is moved to `Device::Cuda(0)` gives an error of libtorch's: "Could not run ... with arguments
+//! from the 'CUDA' backend", or, if the library was loaded too late, "Cannot initialize CUDA without ATen_cuda library".
 //!
-//! ```no_run
-//! println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
-//! println!("cargo:rustc-link-arg=-ltorch");
-//! ```
+//! Each of these loads it in time:
+//!
+//! * [`load_cuda`], called first in `main`.
+//! * The build script of the program. (That of a library, such as this one, cannot do it.)
+//!
+//!   ```no_run
+//!   println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
+//!   println!("cargo:rustc-link-arg=-ltorch_cuda"); // or -ltorch, which needs libtorch_cuda.so
+//!   ```
+//!
+//! * The environment, for a program that is built already: `LD_PRELOAD=/path/to/libtorch_cuda.so`.
+//!
+//! Tried with libtorch 2.13 and its CUDA library, on Linux, without a GPU.
 //!
 //! [`Deferred::wait`]: crate::Deferred::wait
 #![cfg_attr(feature = "cuda", doc = "[`cuda::release_thread_clippers`]: crate::cuda::release_thread_clippers")]
 #![cfg_attr(not(feature = "cuda"), doc = "[`cuda::release_thread_clippers`]: crate#features")]
+#![cfg_attr(not(feature = "cuda"), doc = "[`load_cuda`]: crate#features")]
 
 mod grads;
+#[cfg(feature = "cuda")]
+mod loading;
 mod on_cpu;
 #[cfg(feature = "cuda")]
 mod on_cuda;
@@ -87,6 +104,8 @@ use crate::scope::{Kind, Scope};
 use crate::total_norm::TotalNorm;
 use ::tch::{TchError, Tensor};
 use grads::{GradList, Home, Order};
+#[cfg(feature = "cuda")]
+pub use loading::load_cuda;
 use std::borrow::Borrow;
 
 /// As the one variant of tch's that carries another error: its text is that error's, and `into_inner` of the

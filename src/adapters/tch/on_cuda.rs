@@ -1,6 +1,7 @@
 //! CUDA tensors: their device memory, to this thread's clipper for libtorch's current stream.
 
 use super::grads::GradList;
+use super::loading::{open, LIBTORCH_CUDA};
 use crate::adapters::cudarc::{sealed, DeviceGrad, DeviceGradMut, Found, WrongContext};
 use crate::adapters::deferred::{Deferred, DeferredScoped};
 use crate::cuda;
@@ -11,14 +12,8 @@ use crate::report::{NormReport, ValueReport};
 use crate::scope::Scope;
 use crate::total_norm::TotalNorm;
 use cudarc::driver::{CudaContext, CudaStream};
-use libloading::Library;
 use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-
-#[cfg(not(windows))]
-const LIBTORCH_CUDA: &str = "libtorch_cuda.so";
-#[cfg(windows)]
-const LIBTORCH_CUDA: &str = "torch_cuda.dll";
 
 /// Of libtorch's C interface (`torch/csrc/inductor/aoti_torch/c/shim.h`), which keeps its form from release to release.
 const CURRENT_STREAM: &str = "aoti_torch_get_current_cuda_stream";
@@ -185,12 +180,12 @@ fn look_up(library: &str) -> Result<CurrentStream> {
     let missing = |what: String| {
         Error::Framework(format!(
             "libtorch's current CUDA stream is not known: {what}. CUDA tensors need the {LIBTORCH_CUDA} of a libtorch \
-             that has {CURRENT_STREAM}, as 2.11 and 2.13 have"
+             that has {CURRENT_STREAM}, as 2.11 and 2.13 have; call gradclip::tch::load_cuda first in main, to load it \
+             where the linker has dropped it"
         ))
     };
-    // SAFETY: where a CUDA tensor is, this library is in the process already, so that opening it by its name finds that
-    // one, and runs no initialiser.
-    let library = unsafe { Library::new(library) }.map_err(|error| missing(cuda::loader_text(&error)))?;
+    // Where a CUDA tensor is, it is in the process already, and this finds that one.
+    let library = open(library).map_err(|error| missing(cuda::loader_text(&error)))?;
     // SAFETY: the type is that of the declaration in the header named above.
     let function = unsafe { library.get::<CurrentStream>(CURRENT_STREAM.as_bytes()) }
         .map(|symbol| *symbol)
@@ -208,6 +203,7 @@ mod tests {
     fn without_the_library_or_the_function_the_error_says_what_is_missing() {
         let error = look_up("libtorch_cuda_that_is_not_there.so").unwrap_err().to_string();
         assert!(error.contains("libtorch_cuda_that_is_not_there.so") && error.contains("2.13"), "{error}");
+        assert!(error.contains("gradclip::tch::load_cuda"), "{error}");
         if cfg!(target_os = "linux") {
             let error = look_up("libc.so.6").unwrap_err().to_string();
             assert!(error.contains(&format!("undefined symbol: {CURRENT_STREAM}")), "{error}");

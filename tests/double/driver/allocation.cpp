@@ -41,53 +41,70 @@ CUresult allocate_async(CUdeviceptr* out, size_t bytes, CUstream handle) {
   return allocate_device(out, bytes, stream->context, MemoryKind::kDevice, true);
 }
 
-// What a call asks of a pointer, by the numbers of CUpointer_attribute. False: not known of this kind of pointer.
-bool pointer_attribute(void* data, int attribute, const Allocation& a, uint64_t address) {
+// Sizes of the attributes the double knows, by the numbers of CUpointer_attribute; 0 for the others.
+size_t attribute_bytes(int attribute) {
+  switch (attribute) {
+    case 2: case 6: case 8: case 9: case 13: return 4;
+    case 1: case 3: case 4: case 7: case 11: case 12: case 17: return 8;
+    default: return 0;
+  }
+}
+
+// What is known of a pointer. False: nothing, of this kind of pointer.
+bool pointer_attribute(uint64_t& value, int attribute, const Allocation& a, uint64_t address) {
+  const auto handle = [](Context* context) { return reinterpret_cast<uint64_t>(to_handle(context)); };
   switch (attribute) {
     case 1:  // CONTEXT: memory of a pool belongs to none
-      *static_cast<CUcontext*>(data) = a.stream_ordered ? nullptr : to_handle(a.context);
+      value = a.stream_ordered ? 0 : handle(a.context);
       return true;
     case 2:  // MEMORY_TYPE
-      *static_cast<unsigned*>(data) = a.on_host() ? 1 : 2;
+      value = a.on_host() ? 1 : 2;
       return true;
     case 3:  // DEVICE_POINTER
     case 4:  // HOST_POINTER
-      if (attribute == 4 && a.kind == MemoryKind::kDevice) return false;
-      *static_cast<uint64_t*>(data) = address;
-      return true;
+      value = address;
+      return attribute == 3 || a.kind != MemoryKind::kDevice;
     case 6:  // SYNC_MEMOPS
-      *static_cast<unsigned*>(data) = 0;
+      value = 0;
       return true;
     case 7:  // BUFFER_ID
-      *static_cast<uint64_t*>(data) = a.id;
+      value = a.id;
       return true;
     case 8:  // IS_MANAGED
-      *static_cast<unsigned*>(data) = a.kind == MemoryKind::kManaged;
+      value = a.kind == MemoryKind::kManaged;
       return true;
     case 9:  // DEVICE_ORDINAL
-      *static_cast<int*>(data) = a.device;
+      value = static_cast<unsigned>(a.device);
       return true;
     case 11:  // RANGE_START_ADDR
-      *static_cast<uint64_t*>(data) = a.base;
+      value = a.base;
       return true;
     case 12:  // RANGE_SIZE
-      *static_cast<size_t*>(data) = a.bytes;
+      value = a.bytes;
       return true;
     case 13:  // MAPPED
-      *static_cast<unsigned*>(data) = 1;
+      value = 1;
+      return true;
+    case 17:  // MEMPOOL_HANDLE: each device has one pool
+      value = a.stream_ordered ? handle(&driver().primary[a.device]) : 0;
       return true;
     default:
       return false;
   }
 }
 
-// Sizes of what pointer_attribute() writes; 0 for attributes the double does not know.
-size_t attribute_bytes(int attribute) {
-  switch (attribute) {
-    case 2: case 6: case 8: case 9: case 13: return 4;
-    case 1: case 3: case 4: case 7: case 11: case 12: return 8;
-    default: return 0;
+// Writes the answer, played or known; false, and nothing written, where there is none.
+bool answer(void* data, int attribute, uint64_t address) {
+  uint64_t value = 0;
+  if (const PlayedAnswer* played = played_answer(address, attribute)) {
+    if (played->code) return false;
+    value = played->value;
+  } else {
+    const Allocation* a = find_allocation(address);
+    if (!a || !pointer_attribute(value, attribute, *a, address)) return false;
   }
+  std::memcpy(data, &value, attribute_bytes(attribute));  // the low bytes
+  return true;
 }
 
 }  // namespace
@@ -226,20 +243,20 @@ DRIVER_API CUresult cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* bytes, CU
 DRIVER_API CUresult cuPointerGetAttribute(void* data, int attribute, CUdeviceptr address) {
   Call call(__func__);
   if (call.refused) return call.refused;
-  const Allocation* a = find_allocation(address);
-  if (!a || !data) return CUDA_ERROR_INVALID_VALUE;
-  return pointer_attribute(data, attribute, *a, address) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  if (!data || attribute_bytes(attribute) == 0) return CUDA_ERROR_INVALID_VALUE;
+  if (answer(data, attribute, address)) return CUDA_SUCCESS;
+  const PlayedAnswer* played = played_answer(address, attribute);
+  return played ? played->code : CUDA_ERROR_INVALID_VALUE;
 }
 
 DRIVER_API CUresult cuPointerGetAttributes(unsigned count, const int* attributes, void** data, CUdeviceptr address) {
   Call call(__func__);
   if (call.refused) return call.refused;
   if (!attributes || !data) return CUDA_ERROR_INVALID_VALUE;
-  const Allocation* a = find_allocation(address);
   for (unsigned i = 0; i < count; ++i) {
     const size_t bytes = attribute_bytes(attributes[i]);
     if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
-    if (a && pointer_attribute(data[i], attributes[i], *a, address)) continue;
+    if (answer(data[i], attributes[i], address)) continue;
     std::memset(data[i], 0, bytes);
     if (attributes[i] == 9) *static_cast<int*>(data[i]) = -2;
   }

@@ -29,6 +29,14 @@ double_counters& counters();
 // Prints what the caller did wrong. The return code says it to the program, this to the one who debugs it.
 void complain(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void record_run(const double_kernel_run& run);
+
+// What a test has the driver say about a pointer (double_answer).
+struct PlayedAnswer {
+  CUresult code = CUDA_SUCCESS;
+  uint64_t value = 0;
+};
+const PlayedAnswer* played_answer(uint64_t address, int attribute);  // null: none
+
 CUresult kernel_crash_due();  // the code of an injected crash, when this kernel is the one
 
 }  // namespace driver

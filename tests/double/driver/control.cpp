@@ -3,6 +3,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <map>
 
 #include "call.h"
 #include "memory.h"
@@ -26,6 +27,7 @@ struct Control {
   std::vector<double_kernel_run> runs;
   Injection failure;
   Injection crash;
+  std::map<std::pair<uint64_t, int>, PlayedAnswer> answers;
   int delivered = 0;
 };
 
@@ -88,6 +90,11 @@ CUresult kernel_crash_due() {
   if (!due(control().crash)) return CUDA_SUCCESS;
   ++control().delivered;
   return control().crash.code;
+}
+
+const PlayedAnswer* played_answer(uint64_t address, int attribute) {
+  const auto found = control().answers.find({address, attribute});
+  return found == control().answers.end() ? nullptr : &found->second;
 }
 
 void record_run(const double_kernel_run& run) {
@@ -165,6 +172,11 @@ CONTROL_API void double_fail_named(const char* name, uint64_t index, int code) {
   arm(control().failure, index, code, false, name);
 }
 CONTROL_API void double_crash_kernel(uint64_t index, int code) { arm(control().crash, index, code, false, ""); }
+
+CONTROL_API void double_answer(uint64_t address, int attribute, int code, uint64_t value) {
+  LOCKED;
+  control().answers[{address, attribute}] = {code, value};
+}
 
 CONTROL_API int double_failures_delivered() {
   LOCKED;

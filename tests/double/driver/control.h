@@ -46,6 +46,9 @@ int double_get_run(uint64_t index, double_kernel_run* out);
 void double_fail(uint64_t call_index, int code);
 void double_fail_from(uint64_t call_index, int code);                    // that one and all after it: a lost device
 void double_fail_named(const char* name, uint64_t call_index, int code);  // counting only calls of that name
+// From now on the driver says this of the pointer: `value` of the attribute, or, if `code` is not 0, that code, which in a
+// question about several attributes leaves the default value.
+void double_answer(uint64_t address, int attribute, int code, uint64_t value);
 int double_failures_delivered(void);  // injected failures that have happened
 void double_crash_kernel(uint64_t launch_index, int code);  // the n-th kernel run from now breaks its context
 
