@@ -216,9 +216,11 @@ def main():
     elif sys.argv[1:] == ["test"]:
         double = build_double()
         build_libraries(double)
-        test = ("cargo", "test", "--quiet", "--release", "--features", "candle-cuda", "--test", "candle_cuda")
-        run(*test, LIBRARY_PATH=str(STUBS), LD_LIBRARY_PATH=f"{double.parent}:{STUBS}",
-            GRADCLIP_REQUIRE_HOST_KERNELS="1")
+        test = ("cargo", "test", "--quiet", "--release", "--features", "candle-cuda", "--test")
+        environment = {"LIBRARY_PATH": str(STUBS), "LD_LIBRARY_PATH": f"{double.parent}:{STUBS}",
+                       "GRADCLIP_REQUIRE_HOST_KERNELS": "1"}
+        run(*test, "candle_cuda", **environment)
+        run(*test, "candle_on_gpu", "--", "on_the_cpu", **environment)
     elif sys.argv[1:2] == ["gpu-programs"] and len(sys.argv) == 3:
         build_gpu_programs(Path(sys.argv[2]))
     elif sys.argv[1:2] == ["kernels"] and len(sys.argv) == 3:
