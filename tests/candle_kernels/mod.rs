@@ -72,7 +72,7 @@ fn on_cpu(vars: &[Var], grads: &GradStore) -> GradStore {
 fn assert_same(vars: &[Var], grads: &GradStore, expected: &GradStore, what: &str) {
     for (index, var) in vars.iter().enumerate() {
         let bits = |store| values(store, var).into_iter().map(f64::to_bits).collect::<Vec<_>>();
-        assert_eq!(bits(grads), bits(expected), "{what}, variable {index}");
+        assert!(bits(grads) == bits(expected), "{what}: variable {index} has other bits than by the CPU path");
     }
 }
 
@@ -116,7 +116,7 @@ pub fn training_goes_on_with_the_clipped_gradients(device: &Device) {
     for step in 0..20 {
         let mut grads = model.backward();
         let mut expected = on_cpu(&model.vars, &grads);
-        let before: Vec<Tensor> = model.vars.iter().map(|var| var.to_device(&Device::Cpu).unwrap()).collect();
+        let before = model.vars.each_ref().map(|var| var.copy().unwrap().to_device(&Device::Cpu).unwrap());
         let clipped = clip_grad_norm(&model.vars, &mut grads, 0.5).unwrap();
         let update = |weight: &Tensor, grad: &Tensor| (weight - (grad * LR)?)?.copy();
         for var in &model.vars {
@@ -130,7 +130,7 @@ pub fn training_goes_on_with_the_clipped_gradients(device: &Device) {
                 let tensor = tensor.to_device(&Device::Cpu).unwrap().flatten_all().unwrap();
                 tensor.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
             };
-            assert_eq!(bits(var.as_tensor()), bits(&expected), "step {step}");
+            assert!(bits(var.as_tensor()) == bits(&expected), "step {step}: other weights than by the CPU path");
         }
     }
     let last = model.loss().unwrap().to_scalar::<f32>().unwrap();
