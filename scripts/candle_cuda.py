@@ -1,18 +1,26 @@
 #!/usr/bin/env python3
-"""Builds and tests the feature candle-cuda with no CUDA toolkit and no GPU: type checks, links, starts, and clips candle
-tensors that lie in the memory of the driver double.
+"""Builds and tests the feature candle-cuda with no CUDA toolkit and no GPU.
 
     scripts/candle_cuda.py check    clippy, warnings denied
-    scripts/candle_cuda.py test     tests/candle_cuda.rs on the driver double; then without any driver, where the program
-                                    must not start candle's device but say why
-    scripts/candle_cuda.py gpu-test FILE
-                                    builds tests/candle_on_gpu.rs into FILE, for a machine with a GPU and the libraries of
-                                    CUDA 13 (those that PyTorch brings will do). candle's own kernels are missing in it
+    scripts/candle_cuda.py test     tests/candle_cuda.rs on the driver double, and the tests of tests/candle_on_gpu.rs that
+                                    need no GPU
+    scripts/candle_cuda.py gpu-programs FOLDER
+                                    builds programs with candle's own kernels into FOLDER, for a machine with a GPU:
+                                    candle_on_gpu (the tests), exploding_rnn_gpu and transformer_lm_gpu (the examples)
+    scripts/candle_cuda.py kernels PATH
+                                    checks that the programs in a folder, or in a tar archive, contain those kernels
 
-candle asks for nvcc, which tests/candle_cuda/nvcc stands in for, and links against the CUDA libraries. Those are made
-here: the driver is the double, and each function of the others (and each that the double lacks) does nothing and says
-success, or for the driver "not supported". For gpu-test they are only linked against, by the names that the real ones
-have in CUDA 13, the version that the stand-in for nvcc says.
+For check and test, tests/candle_cuda/nvcc stands in for the nvcc that candle asks for, and makes empty files. For
+gpu-programs a real nvcc comes from packages (about 100 MB to download, once) and compiles everything that candle loads as
+PTX. It takes its headers from candle, and the PTX is for compute capability 9.0 alone (H100, H200), because candle's
+build adds the "a" of sm_90a. Left out is libmoe, candle's library of quantized and mixture-of-experts kernels, which no
+program here calls: it takes most of the compile time and would add some 15 MB, packed, to each program. A call into it ends
+the program.
+
+The libraries that candle is linked to are made here. For test, the driver is the double, and each function of the others
+(and each that the double lacks) does nothing and says success, or for the driver "not supported". For gpu-programs they
+are only linked against, under the names that they have in CUDA 13. On the GPU machine, libcublas.so.13, libcublasLt.so.13
+and libcurand.so.10 must be on LD_LIBRARY_PATH; those that PyTorch brings will do.
 """
 
 import json
@@ -21,9 +29,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zlib
 from pathlib import Path
 
-from cuda_packages import ROOT, fail, target_dir
+from cuda_packages import CANDLE_NVCC, ROOT, fail, find, install, target_dir
 
 STUBS = target_dir() / "candle-cuda"
 REAL_NAMES = target_dir() / "candle-cuda-real-names"
@@ -42,6 +52,20 @@ ENVIRONMENT = os.environ | {
     "PATH": f"{ROOT / 'tests/candle_cuda'}:{os.environ['PATH']}",
     "CUDA_COMPUTE_CAP": "80",
     "GRADCLIP_PTX": "snapshot",
+}
+
+COMPUTE_CAP = "90"
+PROGRAMS = {"candle_on_gpu": "candle_on_gpu", "exploding_rnn": "exploding_rnn_gpu", "transformer_lm": "transformer_lm_gpu"}
+# Of each module of candle-kernels a few kernels that a training loop launches.
+KERNELS = {
+    "affine": ("affine_f32",),
+    "binary": ("badd_f32", "bsub_f32", "bmul_f32", "bdiv_f32"),
+    "cast": ("cast_f32_u32", "cast_u8_f32"),
+    "fill": ("copy2d_f32", "const_set_f32"),
+    "indexing": ("is_u32_f32", "gather_u32_f32", "ia_u32_f32", "sa_u32_f32"),
+    "reduce": ("fast_sum_f32", "fast_max_f32"),
+    "ternary": ("where_u8_f32",),
+    "unary": ("ucopy_f32", "utanh_f32", "uexp_f32", "ulog_f32", "usqr_f32", "usqrt_f32", "urelu_f32"),
 }
 
 
@@ -97,25 +121,93 @@ def build_libraries(double):
     (STUBS / "libcuda.so").write_text(f"INPUT({double} {STUBS}/libcuda_rest.so {STUBS}/libmoe_kernels.so)\n")
 
 
-def build_gpu_test(to):
-    """tests/candle_on_gpu.rs, linked against libraries that have the names of the real ones and nothing else of them."""
+def build_names():
+    """Libraries that have the names of the real ones, to link against, and nothing else of them."""
     REAL_NAMES.mkdir(parents=True, exist_ok=True)
     for name, crate, folder, pattern, answer in LIBRARIES[:-1]:
         build_stub(name, functions(crate_dir(crate) / folder, pattern), answer, REAL_NAMES, SONAMES[name])
     build_stub("cudart", [], 0, REAL_NAMES, SONAMES["cudart"])
     driver = functions(crate_dir("cudarc") / "src/driver/sys", r"cu[A-Z]\w+")
     build_stub("cuda_driver", driver, NOT_SUPPORTED, REAL_NAMES, SONAMES["cuda_driver"])
-    # candle's own functions become part of the program: no library has them where it will run.
-    moe, crate, folder, pattern, answer = LIBRARIES[-1]
-    subprocess.run([*write_stub(REAL_NAMES, moe, functions(crate_dir(crate) / folder, pattern), answer), "-c", "-o",
-                    str(REAL_NAMES / f"{moe}.o")], check=True)
+    # What the library that is left out has becomes part of the program.
+    moe, crate, folder, pattern, _ = LIBRARIES[-1]
+    source = REAL_NAMES / f"{moe}.c"
+    names = functions(crate_dir(crate) / folder, pattern)
+    source.write_text("".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in names))
+    subprocess.run([os.environ.get("CC", "cc"), "-fPIC", "-w", "-c", str(source), "-o", str(REAL_NAMES / f"{moe}.o")],
+                   check=True)
     (REAL_NAMES / "libcuda.so").write_text(f"INPUT({REAL_NAMES}/libcuda_driver.so {REAL_NAMES}/{moe}.o)\n")
-    command = ["cargo", "test", "--quiet", "--release", "--features", "candle-cuda", "--test", "candle_on_gpu", "--no-run",
-               "--message-format=json"]
-    printed = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | {"LIBRARY_PATH": str(REAL_NAMES)}, check=True,
-                             stdout=subprocess.PIPE, text=True).stdout
-    messages = [json.loads(line) for line in printed.splitlines()]
-    shutil.copy(next(m["executable"] for m in messages if m.get("executable")), to)
+
+
+def build_gpu_programs(to):
+    build_names()
+    nvcc = find(install(CANDLE_NVCC, target_dir() / "cuda-packages"), "cu13/bin/nvcc").resolve()
+    environment = ENVIRONMENT | {
+        "CANDLE_PTX_BY": str(nvcc),
+        "NVCC_CCBIN": os.environ.get("NVCC_CCBIN") or shutil.which(os.environ.get("CXX", "c++")) or fail("no C++ compiler"),
+        "CUDA_COMPUTE_CAP": COMPUTE_CAP,
+        "LIBRARY_PATH": str(REAL_NAMES),
+        # Cargo does not see that the kernels are others than for check and test, so they have a folder of their own.
+        "CARGO_TARGET_DIR": str(target_dir() / "candle-gpu"),
+        "CARGO_PROFILE_RELEASE_DEBUG": "0",
+        "CARGO_PROFILE_RELEASE_STRIP": "symbols",
+    }
+    environment.pop("NVCC", None)
+    command = ["cargo", "build", "--quiet", "--release", "--message-format=json", "-p", "gradclip", "-p", "transformer_lm",
+               "--features", "gradclip/candle-cuda,transformer_lm/candle-cuda", "--test", "candle_on_gpu",
+               "--example", "exploding_rnn", "--bin", "transformer_lm"]
+    print("+", " ".join(command), flush=True)
+    built = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if built.returncode != 0:
+        for line in built.stdout.splitlines():
+            print(json.loads(line).get("message", {}).get("rendered", ""), end="", file=sys.stderr)
+        fail("the programs were not built")
+    to.mkdir(parents=True, exist_ok=True)
+    for message in map(json.loads, built.stdout.splitlines()):
+        if message.get("executable"):
+            shutil.copy(message["executable"], to / PROGRAMS[message["target"]["name"]])
+    check_kernels(to)
+
+
+def program_files(path):
+    """The programs below a folder, or in a tar archive: name and bytes."""
+    wanted = set(PROGRAMS.values())
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.name in wanted and file.is_file():
+                yield file.name, file.read_bytes()
+    elif path.is_file():
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if Path(member.name).name in wanted and member.isfile():
+                    yield Path(member.name).name, archive.extractfile(member).read()
+
+
+def targets_of_kernels(program):
+    """For each kernel in a program, the GPU that its PTX is for. The PTX lies there as text."""
+    found, target = {}, None
+    for match in re.finditer(rb"^\.target (\w+)|^\.visible \.entry (\w+)\(", program, re.MULTILINE):
+        target = match[1] or target
+        if match[2]:
+            found[match[2].decode()] = (target or b"").decode()
+    return found
+
+
+def check_kernels(path):
+    """That each program has the kernels of candle that it launches, as PTX for the GPU it is meant for."""
+    programs = dict(program_files(path))
+    defects = [f"no {name} in {path}" for name in sorted(set(PROGRAMS.values()) - set(programs))]
+    for name, program in programs.items():
+        targets = targets_of_kernels(program)
+        for module, kernels in KERNELS.items():
+            missing = [kernel for kernel in kernels if not targets.get(kernel, "").startswith(f"sm_{COMPUTE_CAP}")]
+            if missing:
+                defects.append(f"{name} lacks {', '.join(missing)} of candle's {module}.ptx for sm_{COMPUTE_CAP}")
+        of_candle = sum(target.startswith(f"sm_{COMPUTE_CAP}") for target in targets.values())
+        print(f"{name}: {of_candle} kernels of candle, {len(targets) - of_candle} others; {len(program) / 1e6:.1f} MB, "
+              f"{len(zlib.compress(program, 6)) / 1e6:.1f} MB compressed")
+    if defects:
+        fail("\n".join(["candle's kernels are missing", *defects]))
 
 
 def main():
@@ -124,13 +216,17 @@ def main():
     elif sys.argv[1:] == ["test"]:
         double = build_double()
         build_libraries(double)
-        test = ("cargo", "test", "--quiet", "--release", "--features", "candle-cuda", "--test", "candle_cuda")
-        run(*test, LIBRARY_PATH=str(STUBS), LD_LIBRARY_PATH=f"{double.parent}:{STUBS}",
-            GRADCLIP_REQUIRE_HOST_KERNELS="1")
-    elif sys.argv[1:2] == ["gpu-test"] and len(sys.argv) == 3:
-        build_gpu_test(sys.argv[2])
+        test = ("cargo", "test", "--quiet", "--release", "--features", "candle-cuda", "--test")
+        environment = {"LIBRARY_PATH": str(STUBS), "LD_LIBRARY_PATH": f"{double.parent}:{STUBS}",
+                       "GRADCLIP_REQUIRE_HOST_KERNELS": "1"}
+        run(*test, "candle_cuda", **environment)
+        run(*test, "candle_on_gpu", "--", "on_the_cpu", **environment)
+    elif sys.argv[1:2] == ["gpu-programs"] and len(sys.argv) == 3:
+        build_gpu_programs(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["kernels"] and len(sys.argv) == 3:
+        check_kernels(Path(sys.argv[2]))
     else:
-        fail("say check, test, or gpu-test FILE")
+        fail("say check, test, gpu-programs FOLDER, or kernels PATH")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ NVCC = (
     "nvidia-cuda-runtime==13.0.96",
 )
 
+# The same for candle's own kernels: cuda_fp16.h needs a header of the C++ core libraries where a host compiler reads it too.
+# Those are named first, as the first package names the environment.
+CANDLE_NVCC = ("nvidia-cuda-cccl==13.0.85", *NVCC)
+
 # Reads machine code back.
 NVDISASM = ("nvidia-cuda-nvdisasm==13.5.37",)
 

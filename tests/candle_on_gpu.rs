@@ -1,9 +1,15 @@
 //! The candle adapter on CUDA tensors of a GPU: `cargo test --release --features candle-cuda --test candle_on_gpu`, with a
-//! CUDA toolkit. `GRADCLIP_REQUIRE_GPU=1` makes it fail where there is no GPU.
+//! CUDA toolkit. `GRADCLIP_REQUIRE_GPU=1` makes it fail where there is no GPU. `on_the_cpu` holds the tests of
+//! `candle_kernels` to the CPU, and needs none.
 #![cfg(feature = "candle-cuda")]
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod candle_kernels;
 mod candle_suite;
+#[path = "../examples/step_share/on_candle.rs"]
+mod on_candle;
+#[path = "../examples/step_share/mod.rs"]
+mod step_share;
 
 mod backend {
     use candle_core::Device;
@@ -19,3 +25,22 @@ mod backend {
         gradclip::cuda::release_thread_clippers();
     }
 }
+
+macro_rules! on_both {
+    ($($test:ident)*) => {
+        mod on_a_gpu {
+            $(#[test] fn $test() { crate::backend::with_device(crate::candle_kernels::$test) })*
+        }
+        mod on_the_cpu {
+            $(#[test] fn $test() { crate::candle_kernels::$test(&candle_core::Device::Cpu) })*
+        }
+    };
+}
+
+on_both!(
+    a_backward_pass_in_every_dtype
+    training_goes_on_with_the_clipped_gradients
+    strided_gradients
+    candle_s_own_operations_agree
+    the_parts_of_a_step
+);

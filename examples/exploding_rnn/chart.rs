@@ -38,7 +38,7 @@ type Chart<'a, 'b, Y> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<RangedCo
 fn colour(clipping: Clipping) -> RGBColor {
     match clipping {
         Clipping::Off => RGBColor(213, 94, 0),
-        Clipping::Norm(_) => RGBColor(0, 105, 180),
+        Clipping::Norm(_) | Clipping::NormByCandle(_) => RGBColor(0, 105, 180),
         Clipping::Value(_) => RGBColor(0, 158, 115),
     }
 }

@@ -1,5 +1,8 @@
 //! The table at the end.
 
+use std::time::Duration;
+
+use crate::step_share::StepTime;
 use crate::train::{Clipping, Run};
 
 impl Clipping {
@@ -8,6 +11,7 @@ impl Clipping {
             Self::Off => "no clipping".into(),
             Self::Norm(max_norm) => format!("norm clipping, {max_norm}"),
             Self::Value(clip_value) => format!("value clipping, {clip_value}"),
+            Self::NormByCandle(max_norm) => format!("norm clipping by candle's own operations, {max_norm}"),
         }
     }
 }
@@ -64,7 +68,7 @@ fn row(run: &Run) -> String {
         Clipping::Off => ("-".into(), "-".into()),
         _ => (
             format!("{} ({:.0} %)", run.clipped, percent(run.clipped as f64, run.losses.len() as f64)),
-            format!("{:.1} %", percent(run.clip_time.as_secs_f64(), run.step_time.as_secs_f64())),
+            format!("{:.1} %", clip_share(&run.times)),
         ),
     };
     let mut diverged = run.diverged.map_or("no".into(), |step| format!("at step {step}"));
@@ -77,6 +81,12 @@ fn row(run: &Run) -> String {
         "{label:<21} {:>4} {clipped:>14} {largest:>13} {loss:>10} {accuracy:>9} {diverged:>12} {time:>10}",
         run.seed
     )
+}
+
+/// Percent of the time of all steps.
+fn clip_share(times: &[StepTime]) -> f64 {
+    let sum = |part: fn(&StepTime) -> Duration| times.iter().map(part).sum::<Duration>().as_secs_f64();
+    percent(sum(|time| time.clip), sum(|time| time.step))
 }
 
 fn percent(part: f64, whole: f64) -> f64 {

@@ -1,13 +1,13 @@
 //! One training run: backward, clip, step.
 
-use std::time::{Duration, Instant};
-
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Var};
-use gradclip::NormType;
+use gradclip::{ClipNorm, Deferred, NonFinite, NormReport, NormType};
 use rand::{rngs::SmallRng, SeedableRng};
 
 use crate::model::Rnn;
+use crate::on_candle;
+use crate::step_share::{Borders, StepTime};
 use crate::task::{Score, Task};
 
 /// Hidden units and sequences per step, as in the paper.
@@ -15,6 +15,9 @@ const HIDDEN: usize = 50;
 const BATCH: usize = 20;
 /// Fresh sequences for the score at the end.
 const TEST_SEQUENCES: usize = 1000;
+/// Steps between two looks at the reports of norm clipping and at the times.
+const LOOK_EVERY: usize = 16;
+const _: () = assert!(LOOK_EVERY <= gradclip::REPORTS_KEPT, "on a GPU, older reports are overwritten");
 
 /// What is done to the gradients between `backward` and `step`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,6 +27,8 @@ pub enum Clipping {
     Norm(f64),
     /// Largest magnitude of each element.
     Value(f64),
+    /// As `Norm`, but written with candle's own operations.
+    NormByCandle(f64),
 }
 
 /// What is the same in every run.
@@ -45,16 +50,14 @@ pub struct Run {
     pub norms: Vec<f64>,
     /// Steps whose gradients were changed.
     pub clipped: usize,
-    /// Steps not taken, because the clip reported gradients that are not finite numbers.
+    /// Steps that changed no weight, because the clip reported gradients that are not finite numbers.
     pub skipped: usize,
     /// Step at which the loss was no longer a finite number.
     pub diverged: Option<usize>,
     /// On sequences not trained on; none if the run diverged.
     pub score: Option<Score>,
-    /// Forward, backward, clip and optimizer.
-    pub step_time: Duration,
-    /// The clip alone.
-    pub clip_time: Duration,
+    /// What each step took: forward, backward, clip and update.
+    pub times: Vec<StepTime>,
 }
 
 /// Trains from the weights and on the sequences that `seed` gives, which are the same for every kind of clipping.
@@ -65,52 +68,62 @@ pub fn train(setup: &Setup, clipping: Clipping, seed: u64, mut progress: impl Fn
     let model = Rnn::new(inputs, HIDDEN, outputs, &mut rng, device)?;
     let vars = model.vars();
     let mut run = Run::new(clipping, seed);
+    let timeline = on_candle::timeline(device);
+    let mut unread = Unread::default();
 
     for step in 0..setup.steps {
         let batch = task.sample(BATCH, setup.length, &mut rng, device)?;
-        let forward = Instant::now();
+        let start = timeline.mark()?;
         let loss = task.loss(&model.forward(&batch.inputs)?, &batch.targets)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         if !value.is_finite() {
             run.diverged = Some(step);
+            unread.read_into(&mut run)?;
             return Ok(run);
         }
         run.losses.push(value);
         progress(value);
 
         let mut grads = loss.backward()?;
-        device.synchronize()?; // or a GPU would still be at the backward pass while the clip is timed
-        run.step_time += forward.elapsed();
-        if !matches!(clipping, Clipping::Norm(_)) {
+        let backward = timeline.mark()?;
+        if matches!(clipping, Clipping::Off | Clipping::Value(_)) {
             // For the chart, so not timed: norm clipping reports its norm anyway.
             run.norms.push(gradclip::candle::total_norm(&vars, &grads, NormType::L2)?.wait()?.total_norm);
         }
 
-        let clip = Instant::now();
+        let clip = timeline.mark()?;
         let mut finite = true;
         match clipping {
             Clipping::Off => {}
             Clipping::Norm(max_norm) => {
-                let report = gradclip::candle::clip_grad_norm(&vars, &mut grads, max_norm)?.wait()?;
-                run.norms.push(report.total_norm);
-                run.clipped += usize::from(report.written);
-                finite = report.first_nonfinite.is_none();
+                // Nobody looks before the step is taken. If the norm is not finite, all gradients become 0, and a step
+                // of plain SGD changes nothing then.
+                let clip = ClipNorm::new(max_norm).nonfinite(NonFinite::Zero);
+                unread.reports.push(gradclip::candle::clip_grad_norm(&vars, &mut grads, clip)?);
             }
             Clipping::Value(clip_value) => {
                 let report = gradclip::candle::clip_grad_value(&vars, &mut grads, clip_value)?.wait()?;
                 run.clipped += usize::from(report.written);
                 finite = report.nan == 0;
             }
+            Clipping::NormByCandle(max_norm) => {
+                let norm = on_candle::clip_grad_norm(&vars, &mut grads, max_norm)?;
+                run.norms.push(norm);
+                run.clipped += usize::from(norm > max_norm);
+                finite = norm.is_finite();
+            }
         }
-        run.clip_time += clip.elapsed();
+        let clipped = timeline.mark()?;
 
         if finite {
             sgd_step(&vars, &grads, setup.lr)?;
-            device.synchronize()?;
         } else {
             run.skipped += 1;
         }
-        run.step_time += clip.elapsed();
+        unread.borders.push(Borders { start, backward, clip, clipped, end: timeline.mark()? });
+        if unread.borders.len() == LOOK_EVERY || step + 1 == setup.steps {
+            unread.read_into(&mut run)?;
+        }
     }
 
     let mut rng = SmallRng::seed_from_u64(!seed);
@@ -140,8 +153,30 @@ impl Run {
             skipped: 0,
             diverged: None,
             score: None,
-            step_time: Duration::ZERO,
-            clip_time: Duration::ZERO,
+            times: vec![],
         }
+    }
+}
+
+/// Of the last steps, what may still lie on the GPU.
+#[derive(Default)]
+struct Unread {
+    reports: Vec<Deferred<NormReport>>,
+    borders: Vec<Borders>,
+}
+
+impl Unread {
+    /// Waits for those steps.
+    fn read_into(&mut self, run: &mut Run) -> anyhow::Result<()> {
+        for report in self.reports.drain(..) {
+            let report = report.wait()?;
+            run.norms.push(report.total_norm);
+            run.clipped += usize::from(report.written && !report.found_inf);
+            run.skipped += usize::from(report.found_inf);
+        }
+        for borders in self.borders.drain(..) {
+            run.times.push(borders.times()?);
+        }
+        Ok(())
     }
 }

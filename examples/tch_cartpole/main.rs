@@ -7,6 +7,7 @@
 //!
 //! ```text
 //! cargo run --release --features tch --example tch_cartpole
+//! cargo run --release --features tch --example tch_cartpole -- --gpu    # with the libtorch of a whole PyTorch
 //! ```
 //!
 //! Measured on one core of an AMD EPYC (Zen 5), tch 0.26 on libtorch 2.13, 19 s, once built:
@@ -45,18 +46,25 @@
 //!
 //! Results repeat exactly on one machine. Another CPU, or libtorch, may add in another order.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use train::Run;
+use step_share::{StepTime, Timeline};
+use tch::Device;
+use train::{Clipping, Run, Setup};
 
 mod cartpole;
+#[path = "../step_share/mod.rs"]
+mod step_share;
 mod train;
 
 /// Balances a pole on a cart by an advantage actor-critic in tch, with and without norm clipping.
 #[derive(Parser)]
 struct Args {
+    /// Train on the first GPU; an error where libtorch finds none
+    #[arg(long)]
+    gpu: bool,
     /// A few seconds: 1 seed, 100 updates
     #[arg(long)]
     quick: bool,
@@ -79,24 +87,35 @@ fn main() -> anyhow::Result<()> {
     tch::set_num_threads(1); // the layers are too small to share
     let updates = args.updates.unwrap_or(if args.quick { 100 } else { 2000 });
     let seeds = args.seeds.unwrap_or(if args.quick { 1 } else { 5 });
-    println!("cart-pole; {updates} updates of SGD at learning rate {}; {seeds} seeds; on the CPU\n", args.lr);
+    let (device, timeline) = if args.gpu { gpu()? } else { (Device::Cpu, Timeline::Clock) };
+    println!(
+        "cart-pole; {updates} updates of SGD at learning rate {}; {seeds} seeds; on the {}\n",
+        args.lr,
+        if args.gpu { "GPU" } else { "CPU" }
+    );
 
-    let clippings = [None, Some(args.max_norm)];
-    let bar = ProgressBar::new(clippings.len() as u64 * seeds * updates);
+    let setup = Setup { updates: updates as usize, lr: args.lr, device, timeline };
+    let bar = ProgressBar::new((2 * seeds + 1) * updates);
     bar.set_style(ProgressStyle::with_template("{bar:40} {percent:>3} %  {elapsed} of {duration}  {msg}")?);
     let start = Instant::now();
+    let train = |clipping, seed| {
+        let label = label(clipping);
+        train::train(&setup, clipping, seed, |score| {
+            bar.inc(1);
+            bar.set_message(format!("{label}, seed {seed}: {score:.0} steps"));
+        })
+    };
     let mut runs = Vec::new();
-    for max_norm in clippings {
+    for clipping in [Clipping::Off, Clipping::Norm(args.max_norm)] {
         for seed in 1..=seeds {
-            let label = label(max_norm);
-            runs.push(train::train(max_norm, args.lr, updates as usize, seed, |score| {
-                bar.inc(1);
-                bar.set_message(format!("{label}, seed {seed}: {score:.0} steps"));
-            })?);
+            runs.push(train(clipping, seed)?);
         }
     }
+    let by_tch = train(Clipping::NormByTch(args.max_norm), 1)?;
     bar.finish_and_clear();
     print(&runs);
+    let ours = &runs[seeds as usize].times;
+    println!("\n{}", step_share::lines(&setup.timeline, [("gradclip", ours), ("tch's own", &by_tch.times)]));
     println!("\ntime: {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }
@@ -110,8 +129,37 @@ fn number(x: f64) -> String {
     }
 }
 
-fn label(max_norm: Option<f64>) -> String {
-    max_norm.map_or("no clipping".into(), |max_norm| format!("norm clipping, {max_norm}"))
+fn label(clipping: Clipping) -> String {
+    match clipping {
+        Clipping::Off => "no clipping".into(),
+        Clipping::Norm(max_norm) => format!("norm clipping, {max_norm}"),
+        Clipping::NormByTch(max_norm) => format!("norm clipping by tch itself, {max_norm}"),
+    }
+}
+
+/// The first GPU, and the stream that libtorch uses as long as nobody chooses another.
+///
+/// No symbol of libtorch_cuda.so is named in a Rust program, so linkers drop it. libtorch decides once whether there is
+/// CUDA, in the first backward pass at the latest, so it must be opened before.
+///
+/// # Errors
+/// There is no such library, no driver or no GPU.
+#[cfg(all(feature = "cuda", unix))]
+fn gpu() -> anyhow::Result<(Device, Timeline)> {
+    use anyhow::{ensure, Context};
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    let stream = gradclip::cuda::context(0)?.default_stream();
+    // SAFETY: it is a part of the libtorch that this program is linked to, made to be initialised when it is opened.
+    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }
+        .context("a GPU takes the libtorch of a whole PyTorch, with its libraries on LD_LIBRARY_PATH")?;
+    std::mem::forget(library); // libtorch keeps pointers into it
+    ensure!(tch::Cuda::is_available(), "libtorch finds no GPU");
+    Ok((Device::Cuda(0), Timeline::Stream(stream)))
+}
+
+#[cfg(not(all(feature = "cuda", unix)))]
+fn gpu() -> anyhow::Result<(Device, Timeline)> {
+    anyhow::bail!("a GPU takes gradclip's feature `cuda`, and Unix")
 }
 
 /// One row for each run, then one line for each kind of clipping.
@@ -122,21 +170,22 @@ fn print(runs: &[Run]) {
     );
     for run in runs {
         let percent = 100.0 * run.clipped as f64 / run.norms.len() as f64;
+        let sum = |part: fn(&StepTime) -> Duration| run.times.iter().map(part).sum::<Duration>().as_secs_f64();
         println!(
             "{:<18} {:>4} {:>16} {:>13} {:>13.0} {:>15} {:>8.1} %",
-            label(run.max_norm),
+            label(run.clipping),
             run.seed,
-            run.max_norm.map_or("-".into(), |_| format!("{} ({percent:.0} %)", run.clipped)),
+            if run.clipping == Clipping::Off { "-".into() } else { format!("{} ({percent:.0} %)", run.clipped) },
             number(run.norms.iter().copied().fold(0.0, f64::max)),
             run.score,
             run.solved.map_or("no".into(), |update| format!("at update {update}")),
-            100.0 * run.clip_time.as_secs_f64() / run.time.as_secs_f64(),
+            100.0 * sum(|time| time.clip) / sum(|time| time.step),
         );
     }
     println!("largest norm: before clipping; last episodes: mean length of 100; solved: that reached 475;");
     println!("clip time: share of rollout, forward, backward, clip and update\n");
-    for same in runs.chunk_by(|a, b| a.max_norm == b.max_norm) {
+    for same in runs.chunk_by(|a, b| a.clipping == b.clipping) {
         let solved = same.iter().filter(|run| run.solved.is_some()).count();
-        println!("{:<18} {solved} of {} solved", label(same[0].max_norm), same.len());
+        println!("{:<18} {solved} of {} solved", label(same[0].clipping), same.len());
     }
 }

@@ -15,6 +15,7 @@ impl Clipping {
         match self {
             Self::Off => "no clipping".into(),
             Self::Norm(max_norm) => format!("norm clipping, {max_norm}"),
+            Self::NormByCandle(max_norm) => format!("norm clipping by candle's own operations, {max_norm}"),
         }
     }
 }
@@ -24,12 +25,12 @@ pub fn latest(steps: &[Step]) -> String {
     let first = (steps.len() - 1) / LOOK_EVERY * LOOK_EVERY;
     let latest = &steps[first..];
     let loss = latest.iter().map(|step| step.loss).sum::<f64>() / latest.len() as f64;
-    let norms: Vec<_> = latest.iter().map(|step| number(step.report.total_norm) + mark(step)).collect();
+    let norms: Vec<_> = latest.iter().map(|step| number(step.total_norm) + mark(step)).collect();
     format!("{first:>5} {loss:>6.3}   {}", norms.join(" "))
 }
 
 fn mark(step: &Step) -> &'static str {
-    if step.report.written {
+    if step.clipped {
         "*"
     } else {
         " "
@@ -43,12 +44,14 @@ pub fn table(runs: &[Run]) {
         "", "seed", "steps clipped", "median norm", "largest norm", "training loss", "held-out before and after"
     );
     for run in runs {
-        let mut norms: Vec<_> = run.steps.iter().map(|step| step.report.total_norm).collect();
+        let mut norms: Vec<_> = run.steps.iter().map(|step| step.total_norm).collect();
         norms.sort_by(f64::total_cmp);
-        let clipped = run.steps.iter().filter(|step| step.report.written).count();
+        let clipped = run.steps.iter().filter(|step| step.clipped).count();
         let clipped = match run.clipping {
             Clipping::Off => "-".into(),
-            Clipping::Norm(_) => format!("{clipped} ({:.0} %)", 100.0 * clipped as f64 / norms.len() as f64),
+            Clipping::Norm(_) | Clipping::NormByCandle(_) => {
+                format!("{clipped} ({:.0} %)", 100.0 * clipped as f64 / norms.len() as f64)
+            }
         };
         let last = &run.steps[run.steps.len().saturating_sub(LOOK_EVERY)..];
         println!(

@@ -6,6 +6,8 @@ use gradclip::{ClipNorm, Deferred, NonFinite, NormReport, NormType};
 
 use crate::data::Corpus;
 use crate::model::Transformer;
+use crate::on_candle;
+use crate::step_share::{Borders, StepTime};
 
 /// Windows of text per step.
 const WINDOWS: usize = 8;
@@ -24,6 +26,8 @@ pub enum Clipping {
     Off,
     /// Largest norm of all gradients together.
     Norm(f64),
+    /// As `Norm`, but written with candle's own operations, which wait for every step.
+    NormByCandle(f64),
 }
 
 /// What is the same in every run.
@@ -48,7 +52,24 @@ pub struct Run {
 /// One step, as it was read back.
 pub struct Step {
     pub loss: f64,
-    pub report: NormReport,
+    /// Norm of the gradients before clipping.
+    pub total_norm: f64,
+    /// Whether the gradients were changed.
+    pub clipped: bool,
+    pub time: StepTime,
+}
+
+/// The same while it may still lie on the GPU.
+struct Unread {
+    loss: Tensor,
+    norm: Norm,
+    borders: Borders,
+}
+
+enum Norm {
+    Deferred(Deferred<NormReport>),
+    /// The norm, and the threshold.
+    Known(f64, f64),
 }
 
 /// Trains from the weights and on the windows that `seed` gives, which are the same clipped and not. `look` gets the
@@ -59,24 +80,32 @@ pub fn train(setup: &Setup, clipping: Clipping, seed: u64, mut look: impl FnMut(
     let batches = corpus.draw(*steps, WINDOWS, !seed)?;
     let mut optimizer = AdamW::new(model.vars().to_vec(), ParamsAdamW { lr: setup.lr, ..ParamsAdamW::default() })?;
     let before = held_out_loss(&model, corpus)?;
+    let timeline = on_candle::timeline(device);
 
     let mut read = Vec::with_capacity(*steps);
     let mut unread = Vec::with_capacity(LOOK_EVERY);
     for step in 0..*steps {
+        let start = timeline.mark()?;
         let loss = model.loss(&corpus.batch(&batches, step)?)?;
         let mut grads = loss.backward()?;
-        let report = match clipping {
-            Clipping::Off => gradclip::candle::total_norm(model.vars(), &grads, NormType::L2)?,
+        let (backward, clip) = (timeline.mark()?, timeline.mark()?);
+        let norm = match clipping {
+            Clipping::Off => Norm::Deferred(gradclip::candle::total_norm(model.vars(), &grads, NormType::L2)?),
             Clipping::Norm(max_norm) => {
                 // Nobody looks before the step is taken, so what is not finite must not reach it: all become 0 then.
                 let clip = ClipNorm::new(max_norm).nonfinite(NonFinite::Zero);
-                gradclip::candle::clip_grad_norm(model.vars(), &mut grads, clip)?
+                Norm::Deferred(gradclip::candle::clip_grad_norm(model.vars(), &mut grads, clip)?)
+            }
+            Clipping::NormByCandle(max_norm) => {
+                Norm::Known(on_candle::clip_grad_norm(model.vars(), &mut grads, max_norm)?, max_norm)
             }
         };
+        let clipped = timeline.mark()?;
         optimizer.set_learning_rate(setup.lr * schedule(step, *steps));
         optimizer.step(&grads)?;
 
-        unread.push((loss.detach(), report)); // detached, or it would keep all that led to it
+        let borders = Borders { start, backward, clip, clipped, end: timeline.mark()? };
+        unread.push(Unread { loss: loss.detach(), norm, borders }); // detached, or it would keep all that led to it
         if unread.len() == LOOK_EVERY || step + 1 == *steps {
             read_back(&mut unread, &mut read)?;
             look(&read);
@@ -88,11 +117,18 @@ pub fn train(setup: &Setup, clipping: Clipping, seed: u64, mut look: impl FnMut(
 
 /// Reads the losses and reports of several steps. The first of these waits until the GPU has done the steps; the others
 /// find it idle.
-fn read_back(unread: &mut Vec<(Tensor, Deferred<NormReport>)>, read: &mut Vec<Step>) -> anyhow::Result<()> {
-    let (losses, reports): (Vec<_>, Vec<_>) = unread.drain(..).unzip();
+fn read_back(unread: &mut Vec<Unread>, read: &mut Vec<Step>) -> anyhow::Result<()> {
+    let losses: Vec<_> = unread.iter().map(|step| &step.loss).collect();
     let losses = Tensor::stack(&losses, 0)?.to_vec1::<f32>()?;
-    for (loss, report) in losses.into_iter().zip(reports) {
-        read.push(Step { loss: f64::from(loss), report: report.wait()? });
+    for (loss, Unread { norm, borders, .. }) in losses.into_iter().zip(unread.drain(..)) {
+        let (total_norm, clipped) = match norm {
+            Norm::Deferred(report) => {
+                let report = report.wait()?;
+                (report.total_norm, report.written)
+            }
+            Norm::Known(norm, max_norm) => (norm, norm > max_norm),
+        };
+        read.push(Step { loss: f64::from(loss), total_norm, clipped, time: borders.times()? });
     }
     Ok(())
 }
