@@ -27,6 +27,7 @@ fn list(source: &mut Source) -> Vec<Tensor> {
 macro_rules! parts {
     ($($part:ident)*) => {
         /// What the tests of this file run.
+        #[allow(dead_code)] // for the count on the double
         pub fn run_all(clipper: &mut Clipper) {
             $(on::$part(clipper);)*
         }
