@@ -107,11 +107,13 @@ def check_verdicts(folder):
     check(found["suite: the rest"].startswith("NOT FINISHED"), str(found))
     check(found["suite: suite::scoped suite::into"] == "passed" == found["suite: CPU golden_tests"], str(found))
     check(found["suite: CPU missing"].startswith("FAILED"), str(found))
-    check(found["suite: CPU exploding_rnn"] == "NOT RUN: not packed", str(found))
     check(seconds < 30, f"{seconds:.0f} s, and 16 were to be had")
     panic = printed.index("the reason")
     check(panic < printed.index("NOT FINISHED") and panic < printed.index("SUMMARY"), "the panic was not printed as it happened")
     check("COMMIT of a stand-in" in (record / "suite-CPU-golden_tests.txt").read_text(), "a program does not know its commit")
+
+    found = run(pack, record, "--only", "examples,bench", **temporary)[2]
+    check(found["examples: cuda_graph"] == found["bench"] == "NOT RUN: not packed", str(found))
 
     code, printed, found, _ = run(pack, record, "--seconds", "8", "--only", "smoke", **temporary)
     check(code == 0 and found["smoke"] == "NOT RUN: no time", str(found))

@@ -336,10 +336,6 @@ def suite(run):
     tasks = [Task(" ".join(part), on_gpu(run, *part), 150) for part in SUITE_PARTS]
     tasks.append(Task("the rest", on_gpu(run, *(word for name in skipped for word in ("--skip", name))), 150))
     tasks += [Task(f"CPU {name}", run.program(name), 90) for name in (HERE / "CPU_TESTS").read_text().split()]
-    tasks.append(Task("CPU exploding_rnn", run.program("exploding_rnn", "--quick", "--out", run.scratch / "chart.png"), 60,
-                      why_not=run.is_packed("exploding_rnn")))
-    tasks.append(Task("CPU transformer_lm", run.program("transformer_lm", "--quick"), 60,
-                      why_not=run.is_packed("transformer_lm")))
     return tasks
 
 
@@ -387,7 +383,7 @@ def examples(run):
         *(Task(name, run.program(name), 30, why_not=run.is_packed(name)) for name in ("cuda_graph", "fused_adamw")),
         Task("exploding_rnn", run.program("exploding_rnn_gpu", "--gpu", "--quick", "--out", run.record / "exploding_rnn.png"), 60,
              in_torch(run), without_torch(run, "exploding_rnn_gpu")),
-        Task("transformer_lm", run.program("transformer_lm_gpu", "--gpu", "--quick"), 60, in_torch(run),
+        Task("transformer_lm", run.program("transformer_lm_gpu", "--gpu", "--seeds", 1, "--check"), 60, in_torch(run),
              without_torch(run, "transformer_lm_gpu")),
         Task("tch_cartpole", run.program("tch_cartpole", "--gpu", "--quick"), 60, in_torch(run, preload=True),
              without_same_torch(run, "tch_cartpole")),
