@@ -41,6 +41,7 @@ fi
 rm -rf "$pack"
 mkdir -p "$pack/golden"
 pack=$(cd "$pack" && pwd)
+echo "$commit" > "$pack/COMMIT"
 programs=$(mktemp -d)
 trap 'rm -rf "$programs"' EXIT
 
@@ -103,7 +104,6 @@ fi
 cp tests/golden/*.json tests/golden/*.md "$pack/golden"
 cp scripts/gpu_run.sh "$pack/run.sh"
 cp scripts/gpu_run.py "$pack/run.py"
-echo "$commit" > "$pack/COMMIT"
 echo "built $(date -u +%F), $(rustc --version)" > "$pack/BUILT"
 # The programs have most of their bytes in common, further apart than the window of gzip.
 python3 - "$programs" "$pack/programs.tar.xz" <<'PYTHON'
