@@ -10,7 +10,7 @@ pub(super) const LIBTORCH_CUDA: &str = "libtorch_cuda.so";
 pub(super) const LIBTORCH_CUDA: &str = "torch_cuda.dll";
 
 /// Loads `libtorch_cuda.so`, so that libtorch has CUDA although the linker has dropped that library from the program
-/// ([why, and what else helps](self#if-libtorch-finds-no-cuda)). Call it first in `main`, before anything of
+/// ([why, and what else helps](crate::tch#if-libtorch-finds-no-cuda)). Call it first in `main`, before anything of
 /// tch.
 ///
 /// The library is looked for by its name, as the loader does: in `LD_LIBRARY_PATH` and the program's `RUNPATH`. It stays
@@ -42,9 +42,10 @@ pub(super) const LIBTORCH_CUDA: &str = "torch_cuda.dll";
 pub fn load_cuda() -> Result<()> {
     let missing = |error: &libloading::Error| Error::LibtorchCudaMissing { reason: loader_text(error) };
     let library = open(LIBTORCH_CUDA).map_err(|error| missing(&error))?;
-    std::mem::forget(library); // it cannot be unloaded: libtorch keeps pointers into it
-                               // libtorch asks its CUDA library, if it has one, whether that was built with the CUDA runtime: always, so the answer
-                               // does not depend on a GPU. To ask is to decide, so it comes after loading and not at all where that fails.
+    // It cannot be unloaded: libtorch keeps pointers into it.
+    std::mem::forget(library);
+    // libtorch asks its CUDA library, if it has one, whether that was built with the CUDA runtime: always, so the answer
+    // does not depend on a GPU. To ask is to decide, so it comes after loading and not at all where that fails.
     if ::tch::utils::has_cudart() {
         Ok(())
     } else {
