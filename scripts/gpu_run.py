@@ -276,9 +276,11 @@ def nvidia_smi(fields):
 def sample_clocks(record):
     if not shutil.which("nvidia-smi"):
         return
-    line = nvidia_smi("timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active")
-    with open(record / "clocks.csv", "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    fields = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+    path = record / "clocks.csv"
+    lines = [] if path.exists() else [fields]
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in [*lines, nvidia_smi(fields)])
 
 
 def keep_sampling(record, done):
