@@ -417,7 +417,7 @@ def sanitizers(run):
 
 
 def sanitized(tool, command):
-    # A call that a test expects to be refused, such as cuPointerGetAttribute of a host pointer, is no error.
+    # A call of the driver that a test expects to be refused is no error of a kernel.
     return ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--print-limit", "20", "--error-exitcode", "1",
             *command]
 

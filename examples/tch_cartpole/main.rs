@@ -139,27 +139,19 @@ fn label(clipping: Clipping) -> String {
 
 /// The first GPU, and the stream that libtorch uses as long as nobody chooses another.
 ///
-/// No symbol of libtorch_cuda.so is named in a Rust program, so linkers drop it. libtorch decides once whether there is
-/// CUDA, in the first backward pass at the latest, so it must be opened before.
-///
 /// # Errors
-/// There is no such library, no driver or no GPU.
-#[cfg(all(feature = "cuda", unix))]
+/// There is no libtorch with CUDA, no driver or no GPU.
+#[cfg(feature = "cuda")]
 fn gpu() -> anyhow::Result<(Device, Timeline)> {
-    use anyhow::{ensure, Context};
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     let stream = gradclip::cuda::context(0)?.default_stream();
-    // SAFETY: it is a part of the libtorch that this program is linked to, made to be initialised when it is opened.
-    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }
-        .context("a GPU takes the libtorch of a whole PyTorch, with its libraries on LD_LIBRARY_PATH")?;
-    std::mem::forget(library); // libtorch keeps pointers into it
-    ensure!(tch::Cuda::is_available(), "libtorch finds no GPU");
+    gradclip::tch::load_cuda()?; // before anything of tch
+    anyhow::ensure!(tch::Cuda::is_available(), "libtorch finds no GPU");
     Ok((Device::Cuda(0), Timeline::Stream(stream)))
 }
 
-#[cfg(not(all(feature = "cuda", unix)))]
+#[cfg(not(feature = "cuda"))]
 fn gpu() -> anyhow::Result<(Device, Timeline)> {
-    anyhow::bail!("a GPU takes gradclip's feature `cuda`, and Unix")
+    anyhow::bail!("a GPU takes gradclip's feature `cuda`")
 }
 
 /// One row for each run, then one line for each kind of clipping.
