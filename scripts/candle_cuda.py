@@ -11,7 +11,7 @@
                                     checks that the programs in a folder, or in a tar archive, contain those kernels
 
 For check and test, tests/candle_cuda/nvcc stands in for the nvcc that candle asks for, and makes empty files. For
-gpu-programs a real nvcc comes from packages (about 100 MB to download, once) and compiles everything that candle loads as
+gpu-programs a real nvcc comes from packages (installed once, 271 MB) and compiles everything that candle loads as
 PTX. It takes its headers from candle, and the PTX is for compute capability 9.0 alone (H100, H200), because candle's
 build adds the "a" of sm_90a. Left out is libmoe, candle's library of quantized and mixture-of-experts kernels, which no
 program here calls. It has 15 source files, which take most of the compile time; the object of the first one (q2_k) has
