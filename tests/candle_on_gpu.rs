@@ -13,10 +13,17 @@ mod step_share;
 
 mod backend {
     use candle_core::Device;
+    use std::sync::OnceLock;
 
+    /// One device for all tests, as in a program: each candle device compiles the kernels it launches anew, where the
+    /// driver has no cache of them.
     pub fn with_device(body: impl FnOnce(&Device)) {
-        match Device::new_cuda(0) {
-            Ok(device) => body(&device),
+        static DEVICE: OnceLock<Result<Device, String>> = OnceLock::new();
+        match DEVICE.get_or_init(|| crate::on_candle::gpu().map_err(|error| error.to_string())) {
+            Ok(device) => {
+                body(device);
+                device.synchronize().unwrap(); // before another thread's stream reuses the memory
+            }
             Err(error) if std::env::var_os("GRADCLIP_REQUIRE_GPU").is_none_or(|value| value != "1") => {
                 eprintln!("SKIPPED, a test of candle on a GPU: {error}");
             }

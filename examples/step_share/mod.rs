@@ -1,4 +1,4 @@
-//! The share of a training step that clipping takes. Not an example: the examples that train include it.
+//! The share of a training step that clipping takes: a module of the examples that train.
 //!
 //! On a CPU, the clock is read before and after each part. On a GPU, a CUDA event is recorded there on the stream that
 //! trains, so that measuring makes nothing wait. The time between two events is the time that the stream took, and that

@@ -16,7 +16,9 @@ pub fn gpu() -> anyhow::Result<Device> {
         Ok(Device::new_cuda(0)?)
     }
     #[cfg(not(feature = "candle-cuda"))]
-    anyhow::bail!("this program was built without candle's CUDA: build it with `--features candle-cuda`, which takes a CUDA toolkit")
+    anyhow::bail!(
+        "this program was built for the CPU alone. Build it with `--features candle-cuda`, which takes a CUDA toolkit"
+    )
 }
 
 /// The clock for the CPU, and for a GPU the stream on which candle does its work.
