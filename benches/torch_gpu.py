@@ -321,7 +321,7 @@ class Run:
     def __init__(self, args, export, ours, theirs, out):
         self.args, self.export, self.ours, self.theirs, self.out = args, export, ours, theirs, out
         self.failed, self.run = False, None
-        self.out.write(export["header"] + "\n")
+        print(export["header"], file=self.out, flush=True)
         self.writer = csv.DictWriter(out, export["header"].split(","), lineterminator="\n")
 
     def all(self, lists):

@@ -28,15 +28,17 @@ MOST_CHARACTERS = 12_000
 
 # Prints as libtest does; `suite::every_kernel` is the smoke, `--exact` is what looks closer, `suite::parity` etc. are parts.
 ON_GPU = r"""#!/usr/bin/env bash
+passed="test result: ok. ${TESTS:-5} passed; 0 failed"
 case "$*" in
   *--skip*) trap '' TERM; echo "thread 'x' panicked at here:1:1:"; echo "the reason"; for _ in {1..400}; do sleep 0.1; done ;;
-  *first_calls*) echo "first call of total_norm: 1.0 ms" ;;
+  *first_calls*) echo "first call of total_norm: 1.0 ms"; echo "$passed" ;;
   *--exact*) echo "alone: $*, blocking ${CUDA_LAUNCH_BLOCKING:-0}"; exit 101 ;;
   *suite::every_kernel*)
+    [ -z "${SMOKE_EXIT:-}" ] && { echo "$passed"; exit 0; }
     printf 'test suite::every_kernel::norms ... ok\ntest suite::every_kernel::values ... '
     echo "thread 'suite::every_kernel::values' panicked at a.rs:1:1:"; echo "left: 1"; echo FAILED
-    exit "${SMOKE_EXIT:-0}" ;;
-  *suite::scoped*) echo "running ${TESTS:-5} tests" ;;
+    exit "$SMOKE_EXIT" ;;
+  *suite::scoped*) echo "$passed" ;;
   *suite::parity*) for i in {1..3000}; do echo "test result: FAILED. a long line that should not fill the summary $i"; done; exit 3 ;;
 esac
 """
@@ -79,7 +81,7 @@ def run(pack, record, *options, **more):
     check((record / "verdicts.csv").exists(), f"no verdicts were written:\n{done.stdout[-2000:]}")
     with tarfile.open(f"{record}.tar.gz") as tar:
         names = {Path(name).name for name in tar.getnames()}
-    check({"verdicts.csv", "summary.txt", "environment.txt"} <= names, f"the archive lacks files: {names}")
+    check({"verdicts.csv", "summary.txt"} <= names, f"the archive lacks files: {names}")
     summary = done.stdout[done.stdout.rindex("SUMMARY"):]
     check(len(summary) <= MOST_CHARACTERS, f"a summary of {len(summary)} characters")
     check(summary == (record / "summary.txt").read_text(), "what is printed last is not the summary")
@@ -119,7 +121,7 @@ def check_verdicts(folder):
     check(code == 0 and found["smoke"] == "NOT RUN: no time", str(found))
 
     found = run(pack, record, "--seconds", "16", "--only", "suite", TESTS="0", **temporary)[2]
-    check(found["suite: suite::scoped suite::into"] == "FAILED: no test has that name", str(found))
+    check(found["suite: suite::scoped suite::into"].startswith("FAILED: its output lacks test result: ok"), str(found))
 
     # The gate: the first test that failed, alone; then nothing more.
     code, printed, found, _ = run(pack, record, SMOKE_EXIT="101", **temporary)
@@ -138,11 +140,27 @@ def check_verdicts(folder):
     check(process.returncode == 1 and found["jit: compiled"] == "passed", str(found))
     check(found["suite: the rest"] == "NOT FINISHED, stopped by SIGTERM" and "SUMMARY" in printed, str(found))
 
+    # A sanitizer that looks at nothing, an nvidia-smi that hangs, a listener that goes, a folder that is not there.
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, script in (("compute-sanitizer", "exit 0"), ("nvidia-smi", "sleep 100")):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    more = temporary | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    code, printed, found, seconds = run(pack, record, "--only", "sanitizers", "--skip", "card", **more)
+    check(code == 1 and found["sanitizers: memcheck"].startswith("FAILED: its output lacks"), str(found))
+    check(seconds < 30, f"{seconds:.0f} s with an nvidia-smi that hangs")
+    archive = folder / "not there yet" / "a.tar.gz"
+    subprocess.run(f'bash "{pack}/run.sh" "{record}" --only smoke --archive "{archive}" | true', shell=True,
+                   env=environment(**temporary))
+    check(archive.exists() and verdicts(record)["smoke"] == "passed", "nobody listened, and the record was lost")
+
     refused = subprocess.run(["bash", pack / "run.sh", record, "--only", "smok"], capture_output=True, text=True)
     check(refused.returncode != 0 and "no stage is called smok" in refused.stderr, refused.stderr)
     other = folder / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
+    (other / "environment.txt").write_text("which a record has as well")
     refused = subprocess.run(["bash", pack / "run.sh", other], capture_output=True, text=True)
     check(refused.returncode != 0 and (other / "thesis.tex").exists(), "a folder that is no record was emptied")
 

@@ -50,6 +50,8 @@ KILL_AFTER = 5  # seconds from SIGTERM to SIGKILL
 SHORTEST = 5  # what has less time is not started
 CLOCK_PAUSE = 10  # seconds between samples: each asks the driver, which one a second would disturb (bench: medians)
 
+MARK = "RECORD"  # the file that says of a folder that it is a record
+
 PASSED, FAILED, NOT_FINISHED = "passed", "FAILED", "NOT FINISHED"
 NO_TIME = "NOT RUN: no time"
 
@@ -70,6 +72,7 @@ class Task:
     limit: float
     environment: dict = field(default_factory=dict)
     why_not: str = ""  # why it cannot run, if it cannot
+    proof: tuple = ()  # patterns that its output has if it did its work: some tools do nothing and call that a success
 
 
 @dataclass
@@ -87,7 +90,6 @@ class Verdict:
     seconds: float = 0
     alarms: list = field(default_factory=list)
     kept: list = field(default_factory=list)
-    no_test: bool = False  # libtest found no test of that name, and calls that a success
 
     @property
     def is_failure(self):
@@ -102,14 +104,14 @@ class Run:
         self.scratch = Path(tempfile.mkdtemp())
         self.verdicts, self.lock = [], threading.Lock()
         self.running, self.stopped_by = set(), ""
-        self.torch = find_torch()
+        self.torch, self.nvidia_smi = find_torch(), NvidiaSmi()
         self.environment = environment(self.programs)
 
     def left(self):
         return self.seconds - (time.monotonic() - self.started)
 
     def say(self, text):
-        with self.lock:
+        with self.lock, contextlib.suppress(OSError):  # nobody may be listening any more
             print(f"{time.monotonic() - self.started:5.0f} s  {text}", flush=True)
 
     def program(self, name, *arguments):
@@ -128,7 +130,10 @@ class Run:
         elif limit < SHORTEST:
             verdict.text = NO_TIME
         else:
-            self.watch(verdict, task, limit)
+            try:
+                self.watch(verdict, task, limit)
+            except OSError as error:  # a full disk takes one verdict, not the record
+                verdict.text = f"{FAILED}: {error}"
         with self.lock:
             self.verdicts.append(verdict)
         seconds = f" in {verdict.seconds:.1f} s" if verdict.seconds else ""
@@ -144,13 +149,10 @@ class Run:
             # `timeout` ends the whole group, and is itself waited for with a limit: a process that hangs in the driver
             # cannot be killed, and must not take the other stages with it. What is preloaded is so into the program alone.
             variables = [f"{name}={value}" for name, value in task.environment.items()]
-            command = ["timeout", "-k", str(KILL_AFTER), f"{limit:.1f}", "env", *variables, *task.command]
-            try:
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                           stderr=subprocess.STDOUT, env=self.environment)
-            except OSError as error:
-                verdict.text = f"{FAILED}: {error}"
-                return
+            through_env = ["env", *variables] if variables else []
+            command = ["timeout", "-k", str(KILL_AFTER), f"{limit:.1f}", *through_env, *task.command]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, env=self.environment)
             self.running.add(process)
             reader = threading.Thread(target=self.read, args=(verdict, process.stdout, file), daemon=True)
             reader.start()
@@ -166,7 +168,9 @@ class Run:
         # its memory ends so as well, but early.
         late = code is None or (code in (124, 137, -9) and verdict.seconds > limit - 1)
         if code == 0:
-            verdict.text = f"{FAILED}: no test has that name" if verdict.no_test else PASSED
+            printed = path.read_text(errors="replace")
+            lacking = [pattern for pattern in task.proof if not re.search(pattern, printed)]
+            verdict.text = f"{FAILED}: its output lacks {lacking[0]}" if lacking else PASSED
         elif self.stopped_by:
             verdict.text = f"{NOT_FINISHED}, {self.stopped_by}"
         else:
@@ -177,13 +181,12 @@ class Run:
         with contextlib.suppress(ValueError):  # the file was closed: the process would not end
             for raw in stream:
                 line = raw.decode(errors="replace")
-                file.write(line)
-                file.flush()
+                with contextlib.suppress(OSError):  # on a full disk the process still wants to be read
+                    file.write(line)
+                    file.flush()
                 if ALARM.search(line) and len(verdict.alarms) < ALARMS:
                     verdict.alarms.append([])
                     follow = ALARM_LINES
-                elif line.startswith("running 0 tests"):
-                    verdict.no_test = True
                 elif KEPT.search(line):
                     verdict.kept.append(line.strip()[:200])
                 if follow:
@@ -193,10 +196,8 @@ class Run:
 
     def stage(self, stage):
         tasks = stage.tasks(self)
-        sample_clocks(self.record)
         with concurrent.futures.ThreadPoolExecutor(stage.at_once) as pool:
             verdicts = list(pool.map(lambda task: self.execute(stage.name, task), tasks))
-        sample_clocks(self.record)
         return not any(verdict.is_failure for verdict in verdicts)
 
     def leave_out(self, stage, reason):
@@ -264,28 +265,39 @@ def environment(programs):
     return os.environ | fixed
 
 
-def nvidia_smi(fields):
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"nvidia-smi: {error}"
+class NvidiaSmi:
+    """Asks for the GPU that CUDA counts first. One that hangs is given up, and asked nothing more."""
 
+    LIMIT = 10  # seconds
 
-def sample_clocks(record):
-    if not shutil.which("nvidia-smi"):
-        return
-    fields = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
-    path = record / "clocks.csv"
-    lines = [] if path.exists() else [fields]
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in [*lines, nvidia_smi(fields)])
+    def __init__(self):
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        self.gpu = first if re.fullmatch(r"\d+|GPU-[0-9a-f-]+", first) else "0"
+        self.why_not = "" if shutil.which("nvidia-smi") else "nvidia-smi is not installed"
 
+    def ask(self, fields):
+        """The answer, or in parentheses why there is none."""
+        if self.why_not:
+            return f"({self.why_not})"
+        command = ["nvidia-smi", f"--id={self.gpu}", f"--query-gpu={fields}", "--format=csv,noheader"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            return process.communicate(timeout=self.LIMIT)[0].strip()
+        except subprocess.TimeoutExpired:
+            process.kill()  # and not waited for: in the driver nothing can be killed
+            self.why_not = f"nvidia-smi gave no answer in {self.LIMIT} s"
+            return f"({self.why_not})"
 
-def keep_sampling(record, done):
-    while not done.wait(CLOCK_PAUSE):
-        sample_clocks(record)
+    def sample(self, record, done):
+        """In a thread of its own, until `done`."""
+        fields = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+        with contextlib.suppress(OSError), open(record / "clocks.csv", "w", encoding="utf-8") as file:
+            file.write(fields + "\n")
+            while not self.why_not:
+                file.write(self.ask(fields) + "\n")
+                file.flush()
+                if done.wait(CLOCK_PAUSE):
+                    break
 
 
 def card(run):
@@ -294,7 +306,7 @@ def card(run):
         f"commit {run.environment['GRADCLIP_COMMIT']}; {(HERE / 'BUILT').read_text().strip()}",
         f"date {datetime.datetime.now(datetime.timezone.utc):%FT%TZ}; {run.seconds:.0f} s",
         f"{os.uname().sysname} {os.uname().release} {os.uname().machine}, {os.cpu_count()} cores",
-        nvidia_smi("name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"),
+        run.nvidia_smi.ask("name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"),
         f"PyTorch {run.torch.version}" if run.torch else "python3 has no PyTorch",
     ]
     (run.record / "environment.txt").write_text("\n".join(lines) + "\n")
@@ -304,6 +316,10 @@ def card(run):
 
 
 # The stages
+
+
+MEASURED = r"(?m)^ *\d+\.\d s  \S"  # the benches say how far they are after each list
+TESTS_PASSED = r"test result: ok\. [1-9]"  # where a filter matches nothing, libtest says "ok. 0 passed"
 
 
 def on_gpu(run, *arguments):
@@ -316,18 +332,18 @@ def jit(run):
     first_calls = on_gpu(run, "gpu::first_calls")
     return [
         Task("driver or a clear error", run.program("no_driver"), 20, why_not=run.is_packed("no_driver")),
-        Task("compiled", first_calls, 60),
-        Task("from the cache", first_calls, 30),
+        Task("compiled", first_calls, 60, proof=(TESTS_PASSED,)),
+        Task("from the cache", first_calls, 30, proof=(TESTS_PASSED,)),
     ]
 
 
 def smoke(run):
-    return [Task("smoke", on_gpu(run, EVERY_KERNEL), 75)]
+    return [Task("smoke", on_gpu(run, EVERY_KERNEL), 75, proof=(TESTS_PASSED,))]
 
 
 def predictions(run):
     command = run.program("gpu_bench", "--predictions", "--budget", 40, "--out", run.record / "predictions.csv")
-    return [Task("predictions", command, 60, why_not=run.is_packed("gpu_bench"))]
+    return [Task("predictions", command, 60, why_not=run.is_packed("gpu_bench"), proof=(MEASURED,))]
 
 
 EVERY_KERNEL = "suite::every_kernel"
@@ -336,8 +352,9 @@ SUITE_PARTS = (("suite::parity",), ("suite::scoped", "suite::into"))
 
 def suite(run):
     skipped = [EVERY_KERNEL, "nccl", "gpu::first_calls", *(name for part in SUITE_PARTS for name in part)]
-    tasks = [Task(" ".join(part), on_gpu(run, *part), 150) for part in SUITE_PARTS]
-    tasks.append(Task("the rest", on_gpu(run, *(word for name in skipped for word in ("--skip", name))), 150))
+    rest = on_gpu(run, *(word for name in skipped for word in ("--skip", name)))
+    tasks = [Task(" ".join(part), on_gpu(run, *part), 150, proof=(TESTS_PASSED,)) for part in SUITE_PARTS]
+    tasks.append(Task("the rest", rest, 150, proof=(TESTS_PASSED,)))
     tasks += [Task(f"CPU {name}", run.program(name), 90) for name in (HERE / "CPU_TESTS").read_text().split()]
     return tasks
 
@@ -373,12 +390,15 @@ def adapters(run):
     tests = ["--test-threads", 1, "--nocapture"]
     has_nccl = any((Path(folder) / "libnccl.so.2").exists() for folder in run.torch.libraries.split(":")) if run.torch else False
     return [
-        Task("candle", run.program("candle_on_gpu", *tests), 90, in_torch(run), without_torch(run, "candle_on_gpu")),
+        Task("candle", run.program("candle_on_gpu", *tests), 90, in_torch(run), without_torch(run, "candle_on_gpu"),
+             (TESTS_PASSED,)),
         Task("tch on the GPU", run.program("tch_tests", *tests, "gpu::"), 90, in_torch(run, preload=True),
-             without_same_torch(run, "tch_tests")),
+             without_same_torch(run, "tch_tests"), (TESTS_PASSED,)),
         # Those of `loading` compile a library, and need the sources.
-        Task("tch", run.program("tch_tests", "--skip", "gpu::", "--skip", "loading::"), 90, in_torch(run), without_same_torch(run, "tch_tests")),
-        Task("NCCL", on_gpu(run, "nccl"), 60, in_torch(run), "" if has_nccl else "PyTorch brings no NCCL here"),
+        Task("tch", run.program("tch_tests", "--skip", "gpu::", "--skip", "loading::"), 90, in_torch(run),
+             without_same_torch(run, "tch_tests"), (TESTS_PASSED,)),
+        Task("NCCL", on_gpu(run, "nccl"), 60, in_torch(run), "" if has_nccl else "PyTorch brings no NCCL here",
+             (TESTS_PASSED,)),
     ]
 
 
@@ -407,12 +427,13 @@ def bench(run):
         command = [sys.executable, str(HERE / "torch_gpu.py"), "--bench", *run.program("gpu_bench"), *measured]
     else:
         command = run.program("gpu_bench", *measured)
-    return [Task("bench", command, budget + BENCH_REST, why_not=why_not)]
+    return [Task("bench", command, budget + BENCH_REST, why_not=why_not, proof=(MEASURED,))]
 
 
 def sanitizers(run):
     missing = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not installed"
-    return [Task(tool, sanitized(tool, on_gpu(run, EVERY_KERNEL)), 75, why_not=missing)
+    proof = (TESTS_PASSED, r"SUMMARY: 0 (errors|hazards)")
+    return [Task(tool, sanitized(tool, on_gpu(run, EVERY_KERNEL)), 75, why_not=missing, proof=proof)
             for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
 
 
@@ -426,7 +447,7 @@ def variants(run):
     budget = min(50, run.left() - 15 - 2 * SHORTEST)
     command = run.program("variants_bench", "--budget", f"{budget:.0f}", "--out", run.record / "variants.csv")
     why_not = run.is_packed("variants_bench") or ("" if budget > 10 else "no time")
-    return [Task("variants", command, budget + 15, why_not=why_not)]
+    return [Task("variants", command, budget + 15, why_not=why_not, proof=(MEASURED,))]
 
 
 def ncu(run):
@@ -434,7 +455,7 @@ def ncu(run):
                "--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats",
                *run.program("gpu_bench", "--list", "1 GiB", "--dtype", "bf16", "--budget", 1, "--max-gib", 2)]
     why_not = run.is_packed("gpu_bench") or ("" if shutil.which("ncu") else "ncu is not installed")
-    return [Task("ncu", command, 40, why_not=why_not)]
+    return [Task("ncu", command, 40, why_not=why_not, proof=("norm_partials_l2", "Memory Throughput"))]
 
 
 LARGE_MIB = 136_000  # the list of 64 GiB, and what restores it
@@ -442,11 +463,11 @@ LARGE_MIB = 136_000  # the list of 64 GiB, and what restores it
 
 def large(run):
     """Alone: PyTorch would have no memory beside it. Its rows become part of bench.csv."""
-    memory = re.match(r"\d+", nvidia_smi("memory.total"))
+    memory = re.match(r"\d+", run.nvidia_smi.ask("memory.total"))
     command = run.program("gpu_bench", "--max-gib", 64, "--list", "64 GiB", "--budget", 20, "--out", run.record / "large.csv")
     has_room = memory and int(memory[0]) >= LARGE_MIB
-    why_not = run.is_packed("gpu_bench") or ("" if has_room else f"the GPU has less than {LARGE_MIB} MiB")
-    return [Task("large", command, 60, why_not=why_not)]
+    why_not = run.is_packed("gpu_bench") or ("" if has_room else f"the GPU is not known to have {LARGE_MIB} MiB")
+    return [Task("large", command, 60, why_not=why_not, proof=(MEASURED,))]
 
 
 STAGES = (
@@ -500,8 +521,9 @@ def archive_record(record, archive):
 def write_tables(run):
     measured, large_rows = run.record / "bench.csv", run.record / "large.csv"
     if large_rows.exists() and measured.exists():
+        rows = large_rows.read_text().splitlines(keepends=True)
         with open(measured, "a", encoding="utf-8") as file:
-            file.writelines(large_rows.read_text().splitlines(keepends=True)[1:])
+            file.writelines(rows[1:] if measured.stat().st_size else rows)
     if not measured.exists() or measured.stat().st_size == 0:
         return ""
     made = subprocess.run([sys.executable, HERE / "record_to_tables.py", measured], capture_output=True, text=True, timeout=60)
@@ -512,12 +534,14 @@ def write_tables(run):
 def summary(run, tables):
     """What says most first; cut to what a terminal that keeps so many characters shows."""
     failures = [verdict for verdict in run.verdicts if verdict.is_failure]
-    head = [f"SUMMARY, after {time.monotonic() - run.started:.0f} s", (run.record / "environment.txt").read_text().strip()]
-    for verdict in run.verdicts:
+    head = [f"SUMMARY, after {time.monotonic() - run.started:.0f} s"]
+    where = run.record / "environment.txt"
+    head += [line[:300] for line in where.read_text().splitlines()] if where.exists() else []
+    for verdict in failures + [verdict for verdict in run.verdicts if not verdict.is_failure]:
         seconds = f"{verdict.seconds:6.1f} s" if verdict.seconds else " " * 8
         head.append(f"{seconds}  {verdict.text}: {label(verdict)}")
-    for verdict in failures:
-        head += [f"{label(verdict)} | {line}" for alarm in verdict.alarms[:2] for line in alarm]
+    for turn in (0, 1):  # each failure shows one panic before any shows two
+        head += [f"{label(verdict)} | {line}" for verdict in failures for alarm in verdict.alarms[turn:turn + 1] for line in alarm]
     for verdict in run.verdicts:
         head += [f"{label(verdict)}: {line}" for line in verdict.kept if "test result: ok" not in line]
     passed = sum(verdict.text == PASSED for verdict in run.verdicts)
@@ -530,16 +554,24 @@ def summary(run, tables):
 
 
 def finish(run, archive):
-    tables = write_tables(run)
-    with open(run.record / "verdicts.csv", "w", newline="", encoding="utf-8") as file:
+    tables = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        tables = write_tables(run)
+    with contextlib.suppress(OSError), open(run.record / "verdicts.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["stage", "process", "verdict", "seconds"])
         rows.writerows([verdict.stage, verdict.task, verdict.text, f"{verdict.seconds:.1f}"] for verdict in run.verdicts)
     text = summary(run, tables)
-    (run.record / "summary.txt").write_text(text)
-    archive_record(run.record, archive)
+    with contextlib.suppress(OSError):
+        (run.record / "summary.txt").write_text(text)
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        archive_record(run.record, archive)
+    except OSError as error:
+        run.say(f"NO ARCHIVE: {error}")
     shutil.rmtree(run.scratch, ignore_errors=True)
-    print(f"\n{text}", end="", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"\n{text}", end="", flush=True)
     return any(verdict.is_failure for verdict in run.verdicts)
 
 
@@ -577,20 +609,25 @@ def parse():
 
 def empty(record):
     """Removes what an earlier run left there, and refuses a folder with anything else in it."""
-    if record.exists() and any(record.iterdir()) and not (record / "environment.txt").exists():
+    if record.exists() and not record.is_dir():
+        sys.exit(f"run.sh: {record} is a file; name an empty folder")
+    if record.exists() and any(record.iterdir()) and not (record / MARK).exists():
         sys.exit(f"run.sh: {record} holds files, and they are no record; name an empty folder")
     shutil.rmtree(record, ignore_errors=True)
     record.mkdir(parents=True)
+    (record / MARK).write_text("This folder is emptied by each run of the GPU pack that names it.\n")
 
 
 def main():
+    if sys.version_info < (3, 9):
+        sys.exit(f"run.sh: python3 is {sys.version.split()[0]}, and must be 3.9 or later")
     args = parse()
     stages = chosen(args)
     args.record = args.record.resolve()
     empty(args.record)
     run = Run(args, stages)
     done = threading.Event()
-    threading.Thread(target=keep_sampling, args=(run.record, done), daemon=True).start()
+    threading.Thread(target=run.nvidia_smi.sample, args=(run.record, done), daemon=True).start()
 
     def stop(number, _frame):
         """What runs is ended, nothing more is started, and what there is comes back."""

@@ -120,6 +120,7 @@ impl Memory {
     /// Whether a gradient may go on beyond the `end` of this range: two reserved ranges of virtual memory, side by side,
     /// can hold one tensor.
     fn may_go_on(&self, end: u64, ordinal: usize) -> Result<bool> {
-        Ok(!self.has_owner && Self::at(end)?.is_none_or(|next| next.excludes(ordinal).is_none()))
+        let goes_on = |next: Self| !next.has_owner && !next.is_managed && next.excludes(ordinal).is_none();
+        Ok(!self.has_owner && Self::at(end)?.is_none_or(goes_on))
     }
 }

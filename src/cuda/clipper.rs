@@ -35,7 +35,8 @@ use std::sync::Arc;
 /// A graph may outlive the clipper. What a capture has used is therefore never freed, but left to the context: the
 /// workspace and the reports (`device_bytes`), and the kernels, which later clippers of the context use again. So keep and
 /// use again a clipper that captures, rather than make one for each capture. And do not drop a clipper while some stream of its
-/// context captures: the driver allows neither unloading nor freeing then, and the capture can be lost.
+/// context captures: the driver allows neither waiting nor freeing then, and the capture can be lost. The last clipper of a
+/// context waits for the context when it is dropped, and then unloads the kernels.
 ///
 /// A clipper can be moved to other threads. One for the per-thread default stream works only in the thread that made it
 /// ([`Error::WrongThread`]), but may be dropped in any; that waits for the context.

@@ -1,7 +1,7 @@
 //! The border to the CUDA driver: is there one, what do its errors mean, whose context is current.
 
 use crate::error::{Error, Result};
-use cudarc::driver::sys::{cuDriverGetVersion, CUcontext, CUresult, CUstreamCaptureStatus};
+use cudarc::driver::sys::{self, cuDriverGetVersion, CUcontext, CUresult, CUstreamCaptureStatus};
 use cudarc::driver::{result, CudaContext, CudaStream, DriverError};
 use std::cell::Cell;
 use std::ffi::c_ulonglong;
@@ -17,7 +17,7 @@ const LIBRARIES_TEXT: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.s
 
 /// Driver functions reached by this crate. cudarc panics at the first use of one that the driver lacks, so they are
 /// looked up here before.
-const FUNCTIONS: [&str; 37] = [
+const FUNCTIONS: [&str; 38] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGet",
@@ -30,6 +30,7 @@ const FUNCTIONS: [&str; 37] = [
     "cuCtxSetCurrent",
     "cuCtxSynchronize",
     "cuModuleLoadData",
+    "cuThreadExchangeStreamCaptureMode",
     "cuModuleGetFunction",
     "cuModuleUnload",
     "cuLaunchKernel",
@@ -245,6 +246,29 @@ impl Drop for CurrentContext {
             // that refuses leaves another context current, which there is no one to tell.
             let _ = unsafe { result::ctx::set_current(self.saved) };
         }
+    }
+}
+
+/// While it lives, this thread's calls do not disturb captures of other streams, for what a graph does not record, such as
+/// loading a module: else one stream that captures in the global mode, which is the default, would make the driver refuse
+/// such a call in any thread, and lose its graph ("Prohibited and unhandled operations", CUDA programming guide, "CUDA Graphs").
+pub(crate) struct RelaxedCapture(sys::CUstreamCaptureMode);
+
+impl RelaxedCapture {
+    pub(crate) fn enter() -> Result<Self> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the mode of this thread, exchanged with a local.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }
+            .result()
+            .map_err(driver_error("cuThreadExchangeStreamCaptureMode"))?;
+        Ok(Self(mode))
+    }
+}
+
+impl Drop for RelaxedCapture {
+    fn drop(&mut self) {
+        // SAFETY: as above. An error here has nobody to go to.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut self.0) };
     }
 }
 

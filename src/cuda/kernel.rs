@@ -13,6 +13,7 @@ macro_rules! kernels {
 
         impl Kernel {
             /// All of them; the index is the number.
+            #[cfg(test)]
             pub(crate) const ALL: [Self; Self::COUNT] = [$(Self::$name),*];
             pub(crate) const COUNT: usize = [$($symbol),*].len();
 

@@ -3,7 +3,7 @@
 //! A module holds one kernel, because the driver compiles a whole module at its first load. So a call compiles what it
 //! launches, and nothing else ([decision 0011](../../docs/decisions/0011-loading.md)).
 
-use super::driver::{context_id, driver_error, driver_version, CurrentContext, KeepsContext};
+use super::driver::{context_id, driver_error, driver_version, CurrentContext, KeepsContext, RelaxedCapture};
 use super::kernel::Kernel;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction, CUmodule, CUresult};
@@ -84,10 +84,10 @@ impl Kernels {
             return Ok(kernels);
         }
         let slots = std::array::from_fn(|_| Slot::default());
-        for (kernel, loaded) in known.captured.drain(..) {
+        for &(kernel, loaded) in &known.captured {
             let slot: &Slot = &slots[kernel as usize];
             slot.captured.store(true, Ordering::Relaxed);
-            let _ = slot.loaded.set(loaded); // if it is there twice, either will do
+            let _ = slot.loaded.set(loaded); // each kernel is there once
         }
         let kernels = Arc::new(KeepsContext::new(Self { context: context.clone(), id, slots }));
         known.kernels = Arc::downgrade(&kernels);
@@ -105,11 +105,24 @@ impl Kernels {
             if slot.loaded.get().is_none() {
                 slot.load(kernel, capturing)?;
             }
-            if capturing {
-                slot.captured.store(true, Ordering::Relaxed);
+            if capturing && !slot.captured.load(Ordering::Relaxed) {
+                self.leave_to_graphs(kernel);
             }
         }
         Ok(())
+    }
+
+    /// At once and not when the table goes: the next table may be made before this one's `drop` gets the lock.
+    #[cold]
+    fn leave_to_graphs(&self, kernel: Kernel) {
+        let slot = &self.slots[kernel as usize];
+        let mut contexts = contexts();
+        let known = contexts.iter_mut().find(|known| known.id == self.id); // there, as long as the table is
+        if let (Some(known), Some(loaded)) = (known, slot.loaded.get()) {
+            if !slot.captured.swap(true, Ordering::Relaxed) {
+                known.captured.push((kernel, *loaded));
+            }
+        }
     }
 
     /// After [`prepare`](Self::prepare) for the same kernel.
@@ -130,6 +143,7 @@ impl Slot {
         }
         let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if self.loaded.get().is_none() {
+            let _relaxed = RelaxedCapture::enter()?;
             let loaded = Loaded::new(kernel)?;
             let _ = self.loaded.set(loaded); // it is empty: nobody else holds the lock
         }
@@ -139,26 +153,23 @@ impl Slot {
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        let (mut captured, mut unused) = (Vec::new(), Vec::new());
-        for (kernel, slot) in Kernel::ALL.into_iter().zip(&mut self.slots) {
-            let is_captured = *slot.captured.get_mut();
-            if let Some(loaded) = slot.loaded.take() {
-                (if is_captured { &mut captured } else { &mut unused }).push((kernel, loaded));
-            }
-        }
-        if !captured.is_empty() {
-            let mut contexts = contexts();
-            match contexts.iter_mut().find(|known| known.id == self.id) {
-                Some(known) => known.captured.append(&mut captured),
-                None => contexts.push(Known { id: self.id, kernels: Weak::new(), captured }),
-            }
+        let unused = self.slots.iter_mut().filter(|slot| !slot.captured.load(Ordering::Relaxed));
+        let unused: Vec<_> = unused.filter_map(|slot| slot.loaded.take()).collect();
+        if unused.is_empty() {
+            return;
         }
         let Ok(_current) = CurrentContext::enter(&self.context) else { return };
         // Whoever resets a primary context takes the modules away, and their handles may be those of others by now.
         if context_id(&self.context) != Ok(self.id) {
             return;
         }
-        for (_, loaded) in unused {
+        let _relaxed = RelaxedCapture::enter();
+        // Clippers that went before this one may have work under way on other streams, and the documentation of
+        // cuModuleUnload promises no wait. What cannot be waited for stays with the context.
+        if result::ctx::synchronize().is_err() {
+            return;
+        }
+        for loaded in unused {
             loaded.unload();
         }
     }

@@ -317,3 +317,71 @@ fn the_current_context_is_what_it_was_after_loads() {
         assert_eq!(here(), current);
     }
 }
+
+/// A clipper that goes leaves its work under way; the last one, of another stream, waits before it unloads the kernels.
+#[test]
+fn the_last_clipper_waits_for_work_of_those_before() {
+    let Some(double) = double::lock() else { return };
+    let (one, two) = (stream(), stream());
+    let (mut first, mut last) = (Clipper::new(&two).unwrap(), Clipper::new(&one).unwrap());
+    let mut grads = three_and_four(&two);
+    clip(&double, &mut last);
+    double.set_deferred(true);
+    double.reset_counters();
+    first.clip_grad_norm(&mut grads, 1.0).unwrap();
+    drop(first);
+    assert_eq!((double.counters().launches, double.counters().kernels_run), (3, 0));
+    drop(last);
+    assert_eq!(double.counters().kernels_run, 3);
+}
+
+/// In any mode of capture, the first call of a kind goes on in another thread, and the graph is not lost.
+#[test]
+fn a_first_call_leaves_the_captures_of_other_streams_alone() {
+    use CUstreamCaptureMode::{CU_STREAM_CAPTURE_MODE_GLOBAL as GLOBAL, CU_STREAM_CAPTURE_MODE_RELAXED as RELAXED};
+    let Some(_double) = double::lock() else { return };
+    for mode in [GLOBAL, MODE, RELAXED] {
+        let (one, two) = (stream(), stream());
+        let (mut captures, mut calls) = (Clipper::new(&one).unwrap(), Clipper::new(&two).unwrap());
+        let (mut of_one, mut of_two) = (three_and_four(&one), three_and_four(&two));
+        captures.clip_grad_norm(&mut of_one, 1.0).unwrap().wait().unwrap();
+        calls.clip_grad_norm(&mut of_two, 1.0).unwrap().wait().unwrap();
+        one.begin_capture(mode).unwrap();
+        captures.clip_grad_norm(&mut of_one, 1.0).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| calls.clip_grad_value(&mut of_two, 0.5).unwrap());
+        });
+        assert!(one.end_capture(FLAGS).unwrap().is_some(), "{mode:?}");
+        assert_eq!(two.clone_dtoh(&of_two[0]).unwrap()[0], 0.5, "{mode:?}");
+    }
+}
+
+/// Last clippers go while others come, each with a captured call: the kernels that graphs launch stay, once each.
+#[test]
+fn clippers_that_come_while_the_last_one_goes_leave_nothing_twice() {
+    let Some(double) = double::lock() else { return };
+    let context = cuda::context(0).unwrap();
+    // SAFETY: each stream has slices of its own.
+    unsafe { context.disable_event_tracking() };
+    let streams: Vec<_> = (0..3).map(|_| context.new_stream().unwrap()).collect();
+    let before = double.live_handles();
+    std::thread::scope(|scope| {
+        for stream in &streams {
+            scope.spawn(move || {
+                let mut grads = three_and_four(stream);
+                for _ in 0..200 {
+                    let mut clipper = Clipper::new(stream).unwrap();
+                    clipper.clip_grad_norm(&mut grads, 1.0).unwrap().wait().unwrap();
+                    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+                    clipper.clip_grad_norm(&mut grads, 1.0).unwrap();
+                    let graph = stream.end_capture(FLAGS).unwrap().unwrap();
+                    drop(clipper);
+                    graph.launch().unwrap();
+                    stream.synchronize().unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(double.live_handles(), before + 3, "norm_partials_l2, clip_coef and scale");
+    assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
+}

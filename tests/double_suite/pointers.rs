@@ -188,7 +188,8 @@ fn an_answer_refuses_a_gradient_exactly_if_it_proves_it_bad() {
         let mut check = |says: Says, beyond: Says| {
             let mut proofs = says.proofs();
             let one_allocation = says.context || says.pool;
-            if says.range == Short && (one_allocation || !beyond.proofs().is_empty()) {
+            let other_allocation = beyond.context || beyond.pool || beyond.managed;
+            if says.range == Short && (one_allocation || other_allocation || !beyond.proofs().is_empty()) {
                 proofs.push("followed by 12 bytes");
             }
             match bench.check(says, beyond) {
@@ -213,14 +214,14 @@ fn an_answer_refuses_a_gradient_exactly_if_it_proves_it_bad() {
                             check(Says { kind, device, managed, mapped, range, context, pool }, UNKNOWN);
                         }
                         let elsewhere = Says { device: Some(1), ..VIRTUAL };
-                        for beyond in [UNKNOWN, VIRTUAL, elsewhere, OF_A_POOL, MANAGED] {
+                        for beyond in [UNKNOWN, VIRTUAL, elsewhere, ALLOCATED, OF_A_POOL, MANAGED] {
                             check(Says { kind, device, managed, mapped, range: Short, context, pool }, beyond);
                         }
                     }
                 }
             }
         }
-        assert_eq!(taken + refused, 6 * 5 * 4 * 3 * 12);
+        assert_eq!(taken + refused, 6 * 5 * 4 * 3 * 13);
         assert!(taken > 1000 && refused > 1000, "{taken} {refused}");
     });
 }
