@@ -6,5 +6,5 @@
 #   timeout -k 10 270 bash FOLDER/run.sh RECORD2 --seconds 240 --only bench,variants,ncu  # then, if all passed: the measurements
 #
 # The results come back as RECORD.tar.gz (--archive FILE puts it elsewhere); the summary is what is printed last. Without
-# --seconds all stages run, which takes some 12 minutes. run.py beside this file says what the stages are.
+# --seconds there are 20 minutes, for all stages. run.py beside this file says what the stages are.
 exec python3 "$(dirname "$0")/run.py" "$@"
