@@ -140,6 +140,7 @@ def build_names():
 
 
 def build_gpu_programs(to):
+    to.mkdir(parents=True, exist_ok=True)  # before minutes of work that need it
     build_names()
     nvcc = find(install(CANDLE_NVCC, target_dir() / "cuda-packages"), "cu13/bin/nvcc").resolve()
     environment = ENVIRONMENT | {
@@ -162,7 +163,6 @@ def build_gpu_programs(to):
         for line in built.stdout.splitlines():
             print(json.loads(line).get("message", {}).get("rendered", ""), end="", file=sys.stderr)
         fail("the programs were not built")
-    to.mkdir(parents=True, exist_ok=True)
     for message in map(json.loads, built.stdout.splitlines()):
         if message.get("executable"):
             shutil.copy(message["executable"], to / PROGRAMS[message["target"]["name"]])

@@ -117,8 +117,10 @@ def check_verdicts(folder):
     found = run(pack, record, "--only", "examples,bench", **temporary)[2]
     check(found["examples: cuda_graph"] == found["bench"] == "NOT RUN: not packed", str(found))
 
-    code, printed, found, _ = run(pack, record, "--seconds", "8", "--only", "smoke", **temporary)
-    check(code == 0 and found["smoke"] == "NOT RUN: no time", str(found))
+    code, printed, found, _ = run(pack, record, "--seconds", "11", "--only", "suite,variants", **temporary)
+    check(code == 1 and found["variants"] == "NOT RUN: not packed", str(found))
+    code, printed, found, _ = run(pack, record, "--only", "variants,ncu", **temporary)
+    check(code == 1 and "NOTHING HAS RUN" in printed, printed)
 
     found = run(pack, record, "--seconds", "16", "--only", "suite", TESTS="0", **temporary)[2]
     check(found["suite: suite::scoped suite::into"].startswith("FAILED: its output lacks test result: ok"), str(found))
@@ -156,7 +158,12 @@ def check_verdicts(folder):
     check(archive.exists() and verdicts(record)["smoke"] == "passed", "nobody listened, and the record was lost")
 
     refused = subprocess.run(["bash", pack / "run.sh", record, "--only", "smok"], capture_output=True, text=True)
-    check(refused.returncode != 0 and "no stage is called smok" in refused.stderr, refused.stderr)
+    check(refused.returncode != 0 and "no stage is called 'smok'" in refused.stderr, refused.stderr)
+    for options in (["--seconds", "0"], ["--seconds", "nan"], ["--only", ""], ["--only", ","]):
+        refused = subprocess.run(["bash", pack / "run.sh", record, *options], capture_output=True, text=True)
+        check(refused.returncode != 0 and "run.sh" in refused.stderr and "Traceback" not in refused.stderr, refused.stderr)
+    refused = subprocess.run(["bash", pack / "run.sh", pack / "COMMIT"], capture_output=True, text=True)
+    check(refused.returncode != 0 and "Traceback" not in refused.stderr, refused.stderr)
     other = folder / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
@@ -189,11 +196,13 @@ def check_pack(folder):
     check("no CUDA driver" in printed and "Install the NVIDIA driver" in printed, printed)
     for stage in GPU_STAGES:
         check(any(name.split(":")[0] == stage for name in found), f"the stage {stage} is not named: {found}")
-    check(found["smoke"].startswith("FAILED") and found["bench"] == "NOT RUN: the smoke failed", str(found))
+    check(found["smoke"].startswith("FAILED") and found["bench"] == "NOT RUN: there is no GPU", str(found))
     print(f"without a driver the script ends in {seconds:.1f} s, and names each stage")
 
 
 def main():
+    if len(sys.argv) > 1:
+        sys.exit(__doc__.strip())
     with tempfile.TemporaryDirectory() as folder:
         check_verdicts(Path(folder))
     print("verdicts, limits, gate and summary of the pack's script: as they should be")

@@ -194,7 +194,7 @@ def first_calls():
     with REGISTERS.open(newline="") as file:
         of = {row["kernel"]: row for row in csv.DictReader(file) if row["target"] == target}
     total = lambda kernels, column: sum(int(of[kernel][column]) for kernel in kernels)
-    lines = ["Norms of order 2, if the row names no other. Instructions for sm_90 by ptxas, without padding "
+    lines = ["Norms of order 2, unless the row says otherwise. Instructions for sm_90 by ptxas, without padding "
              "([`registers.csv`](kernels/prebuilt/registers.csv), which CI compares with the PTX).", "",
              "| first call | kernels | instructions | KiB of PTX |", "|---|---|---|---|"]
     for call, kernels in KERNELS.items():

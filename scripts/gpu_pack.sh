@@ -14,7 +14,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage="usage: scripts/gpu_pack.sh FOLDER [--candle] [--tch] | FOLDER --smoke"
-pack=${1:?$usage}
+case ${1:-} in
+  '' | -*) echo "$usage" >&2; exit 2 ;;
+esac
+pack=$1
 shift
 smoke='' candle='' tch=''
 for option; do
@@ -34,7 +37,7 @@ commit=$(git rev-parse --short=12 HEAD)
 differ=$(git status --porcelain --untracked-files=normal | cut -c4- | tr '\n' ' ')
 [ -z "$differ" ] || commit="$commit, but for ${differ% }"
 
-if [ -n "$(ls -A "$pack" 2>/dev/null)" ] && [ ! -e "$pack/COMMIT" ]; then
+if [ -n "$(ls -A "$pack" 2>/dev/null)" ] && { [ ! -e "$pack/COMMIT" ] || [ ! -d "$pack/golden" ]; }; then
   echo "gpu_pack.sh: $pack holds files, and they are no pack; name an empty folder" >&2
   exit 2
 fi

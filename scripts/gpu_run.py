@@ -214,11 +214,15 @@ def label(verdict):
 
 
 def unpack():
-    """The programs, in a folder of their own below the system's for temporary files: the pack itself stays small."""
+    """The programs, in a folder of this user's below the system's for temporary files: the pack itself stays small."""
     archive = HERE / "programs.tar.xz"
-    folder = Path(tempfile.gettempdir()) / f"gradclip-{zlib.crc32(archive.read_bytes()):08x}"
+    if not archive.exists():
+        sys.exit(f"run.sh: there is no {archive.name} beside it; scripts/gpu_pack.sh makes the pack")
+    folder = Path(tempfile.gettempdir()) / f"gradclip-{os.getuid()}-{zlib.crc32(archive.read_bytes()):08x}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        sys.exit(f"run.sh: {folder} belongs to another user; set TMPDIR")
     if not (folder / "complete").exists():
-        folder.mkdir(exist_ok=True)
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder)
@@ -318,6 +322,7 @@ def card(run):
 # The stages
 
 
+DID_RUN = r"\A(?![\s\S]*not run:)"  # the examples say so where there is no GPU
 MEASURED = r"(?m)^ *\d+\.\d s  \S"  # the benches say how far they are after each list
 TESTS_PASSED = r"test result: ok\. [1-9]"  # where a filter matches nothing, libtest says "ok. 0 passed"
 
@@ -404,7 +409,8 @@ def adapters(run):
 
 def examples(run):
     return [
-        *(Task(name, run.program(name), 30, why_not=run.is_packed(name)) for name in ("cuda_graph", "fused_adamw")),
+        *(Task(name, run.program(name), 30, why_not=run.is_packed(name), proof=(DID_RUN,))
+          for name in ("cuda_graph", "fused_adamw")),
         Task("exploding_rnn", run.program("exploding_rnn_gpu", "--gpu", "--quick", "--out", run.record / "exploding_rnn.png"), 60,
              in_torch(run), without_torch(run, "exploding_rnn_gpu")),
         Task("transformer_lm", run.program("transformer_lm_gpu", "--gpu", "--seeds", 1, "--check"), 60, in_torch(run),
@@ -546,7 +552,8 @@ def summary(run, tables):
         head += [f"{label(verdict)}: {line}" for line in verdict.kept if "test result: ok" not in line]
     passed = sum(verdict.text == PASSED for verdict in run.verdicts)
     not_run = sum(verdict.text.startswith("NOT RUN") for verdict in run.verdicts)
-    last = f"{len(failures)} FAILED OR NOT FINISHED" if failures else "ALL THAT RAN HAS PASSED"
+    last = "ALL THAT RAN HAS PASSED" if passed else "NOTHING HAS RUN"
+    last = f"{len(failures)} FAILED OR NOT FINISHED" if failures else last
     last += f": {passed} passed, {len(failures)} failed or not finished, {not_run} not run"
     room = SUMMARY_CHARACTERS - len(last) - 60
     text = "\n".join([*head, tables.strip()])
@@ -572,34 +579,46 @@ def finish(run, archive):
     shutil.rmtree(run.scratch, ignore_errors=True)
     with contextlib.suppress(OSError):
         print(f"\n{text}", end="", flush=True)
-    return any(verdict.is_failure for verdict in run.verdicts)
+    nothing_ran = run.verdicts and not any(verdict.text == PASSED for verdict in run.verdicts)
+    return nothing_ran or any(verdict.is_failure for verdict in run.verdicts)
 
 
 def chosen(args):
     names = [stage.name for stage in STAGES]
-    only, skip = (value.split(",") if value else [] for value in (args.only, args.skip))
+    only, skip = ([name.strip() for name in value.split(",")] if value is not None else [] for value in (args.only, args.skip))
     for name in only + skip:
         if name not in names:
-            sys.exit(f"run.sh: no stage is called {name}; the stages are {', '.join(names)}")
+            sys.exit(f"run.sh: no stage is called '{name}'; the stages are {', '.join(names)}")
     return {name for name in names if (not only or name in only or name == "card") and name not in skip}
 
 
 def go(run):
-    gate_closed = False
+    gate_closed = ""
     for stage in STAGES:
         if stage.name not in run.stages:
             continue
         if gate_closed:
-            run.leave_out(stage, "the smoke failed")
+            run.leave_out(stage, gate_closed)
         elif not run.stage(stage) and stage.name == "smoke":
-            look_closer(run)
-            gate_closed = not run.keep_going
+            no_gpu = re.search("no GPU can be used: .*", (run.record / "smoke.txt").read_text(errors="replace"))
+            if no_gpu:
+                run.say(no_gpu[0])
+            else:
+                look_closer(run)
+            gate_closed = "" if run.keep_going else "there is no GPU" if no_gpu else "the smoke failed"
+
+
+def seconds(text):
+    number = float(text)
+    if not 2 * SHORTEST < number < 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above {2 * SHORTEST} and below a day")
+    return number
 
 
 def parse():
     parser = argparse.ArgumentParser(prog="run.sh", description="Runs a pack of scripts/gpu_pack.sh; run.py says what.")
     parser.add_argument("record", type=Path, help="folder for what is found; it is emptied first")
-    parser.add_argument("--seconds", type=float, default=1200, help="all of it; what does not fit is not run")
+    parser.add_argument("--seconds", type=seconds, default=1200, help="all of it; what does not fit is not run")
     parser.add_argument("--only", metavar="STAGE,...", help="these stages: " + ", ".join(stage.name for stage in STAGES))
     parser.add_argument("--skip", metavar="STAGE,...", help="all but these")
     parser.add_argument("--archive", type=Path, help="where RECORD is packed to, instead of RECORD.tar.gz")
@@ -609,13 +628,15 @@ def parse():
 
 def empty(record):
     """Removes what an earlier run left there, and refuses a folder with anything else in it."""
-    if record.exists() and not record.is_dir():
-        sys.exit(f"run.sh: {record} is a file; name an empty folder")
-    if record.exists() and any(record.iterdir()) and not (record / MARK).exists():
-        sys.exit(f"run.sh: {record} holds files, and they are no record; name an empty folder")
-    shutil.rmtree(record, ignore_errors=True)
-    record.mkdir(parents=True)
-    (record / MARK).write_text("This folder is emptied by each run of the GPU pack that names it.\n")
+    try:
+        record.mkdir(parents=True, exist_ok=True)
+        if any(record.iterdir()) and not (record / MARK).exists():
+            sys.exit(f"run.sh: {record} holds files, and they are no record; name an empty folder")
+        for path in record.iterdir():
+            path.unlink()
+        (record / MARK).write_text("This folder is emptied by each run of the GPU pack that names it.\n")
+    except OSError as error:
+        sys.exit(f"run.sh: {record} cannot be the folder of the record: {error.strerror}")
 
 
 def main():

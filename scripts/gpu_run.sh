@@ -7,4 +7,4 @@
 #
 # The results come back as RECORD.tar.gz (--archive FILE puts it elsewhere); the summary is what is printed last. Without
 # --seconds there are 20 minutes, for all stages. run.py beside this file says what the stages are.
-exec python3 "$(dirname "$0")/run.py" "$@"
+exec python3 "$(dirname "$(readlink -f "$0")")/run.py" "$@"

@@ -385,3 +385,20 @@ fn clippers_that_come_while_the_last_one_goes_leave_nothing_twice() {
     assert_eq!(double.live_handles(), before + 3, "norm_partials_l2, clip_coef and scale");
     assert_eq!((double.violated_guards(), double.counters().faults), (0, 0));
 }
+
+/// A call with an empty list loads what the same call launches later: how a program warms up.
+#[test]
+fn an_empty_list_loads_what_a_call_needs() {
+    let Some(double) = double::lock() else { return };
+    let stream = stream();
+    let mut clipper = Clipper::new(&stream).unwrap();
+    let none: &mut [CudaSlice<f32>] = &mut [];
+    clipper.clip_grad_norm(none, 1.0).unwrap();
+    assert_eq!(clip(&double, &mut clipper), 0);
+    clipper.clip_grad_value(none, 1.0).unwrap();
+    clipper.clip_grad_norm_by(none, &Scope::per_tensor(), 1.0).unwrap();
+    let (loads, mut grads) = (double.counters().module_loads, three_and_four(&stream));
+    clipper.clip_grad_value(&mut grads, 1.0).unwrap().wait().unwrap();
+    clipper.clip_grad_norm_by(&mut grads, &Scope::per_tensor(), 1.0).unwrap().wait().unwrap();
+    assert_eq!(double.counters().module_loads, loads);
+}
