@@ -73,7 +73,7 @@ impl Rows<'_> {
     }
 }
 
-/// Time of the limits together over that of the case, the median over the rounds. NaN where there is no limit.
+/// The limits' time over the case's time, median over the rounds. NaN where there is no limit.
 pub fn ratio<C: PartialEq>(times: &Times, limits: &[C], cases: &[C], all: &[Times]) -> f64 {
     let of = |limit: &C, round: usize| {
         cases.iter().position(|case| case == limit).map_or(f64::NAN, |index| all[index].gpu[round])

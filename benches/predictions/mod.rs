@@ -46,7 +46,7 @@ pub struct Check {
     options: Options,
 }
 
-/// Columns of the record, those of benches/gpu.rs first.
+/// Columns of the record: first the columns of benches/gpu.rs.
 pub fn header() -> String {
     format!("{},kernels,unit,low,high,verdict", record::HEADER)
 }

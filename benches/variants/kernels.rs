@@ -99,7 +99,7 @@ pub struct Kernels {
 pub type Found = std::result::Result<CudaFunction, String>;
 
 impl Kernels {
-    /// The crate's, and those of which `more` has the PTX.
+    /// The crate's kernels, and the kernels whose PTX is in `more`.
     pub fn new(context: &Arc<CudaContext>, more: Texts) -> Result<Self> {
         use CUdevice_attribute::{
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,

@@ -6,7 +6,7 @@ use super::measure::cases::Op;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     Call(Op),
-    /// Of the library's launches for a call, those of one kernel, by its name in `variants.json`.
+    /// Only the launches of one kernel in a call of the library, by the kernel's name in `variants.json`.
     #[allow(dead_code)] // the predictions use it
     Alone(Op, &'static str),
     /// The pass that leaves statistics of each tensor besides its norm.
